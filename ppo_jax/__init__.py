@@ -1,0 +1,42 @@
+"""PPO fine-tuning of language models that can be checked.
+
+`fine_tune` does from Python what `python -m ppo_jax.train` does from the command line; `ppo_jax.ops` holds the pure
+functions for loops of your own.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_jax.config import Config
+    from ppo_jax.train import RunResult
+
+__version__ = "0.1.0"
+__all__ = ["fine_tune"]
+
+
+def fine_tune(
+    config: "Config | str | Path | dict[str, Any] | None" = None,
+    *,
+    reward: Callable[[list[str], list[str]], Sequence[float]] | None = None,
+    prompts: Sequence[str] | None = None,
+    resume: str | Path | None = None,
+) -> "RunResult":
+    """Run PPO and return the run: its directory, metrics, final state and why it stopped.
+
+    `config` is a Config, a YAML file, or a dictionary of dotted keys ({"run.iterations": 10}); by default the embedded
+    model. `reward` and `prompts`, where given, replace the configured ones: a function of (prompts, answers) that
+    returns one float per answer, and a list of texts. `resume` continues a run directory from its newest checkpoint;
+    `config` may then only hold a dictionary. Raises `ppo_jax.errors.UserError` for anything a user can mend.
+    """
+    # Imported here so that `import ppo_jax.ops` needs nothing but JAX.
+    from ppo_jax.build import build
+    from ppo_jax.config import Config, load, load_resumed
+    from ppo_jax.train import train
+
+    if resume is not None:
+        config = load_resumed(Path(resume), config if isinstance(config, dict) else {})
+    elif not isinstance(config, Config):
+        config = load(overrides=config) if isinstance(config, dict) else load(config)
+    return train(*build(config, reward=reward, prompts=prompts, resume=resume is not None))

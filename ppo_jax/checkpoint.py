@@ -1,0 +1,48 @@
+"""TrainState to disk and back, by orbax: written beside its place, then renamed, the newest few kept.
+
+The state is all there is to save: prompts, noise and shuffles are functions of the seed and of `state.step`.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from ppo_jax.errors import UserError
+from ppo_jax.records import TrainState
+
+NAME = re.compile(r"step_(\d{8})")
+
+
+def saved_steps(directory: Path) -> dict[int, Path]:
+    """Complete checkpoints, oldest first."""
+    found = {int(match[1]): path for path in directory.glob("step_*") if (match := NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def save(directory: Path, state: TrainState, *, keep: int) -> Path:
+    """Write the state as `step_XXXXXXXX` and drop all but the newest `keep`."""
+    path = directory.absolute() / f"step_{int(state.step):08d}"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state, force=True)
+    for old in list(saved_steps(directory).values())[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def restore_newest(directory: Path, like: TrainState) -> TrainState:
+    """The newest state of a directory, in the shapes and dtypes of `like`."""
+    steps = saved_steps(directory)
+    if not steps:
+        raise UserError(f"--resume: there is no checkpoint in {directory}; was checkpoint.save_every set?")
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(list(steps.values())[-1].absolute(), shapes)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(
+            f"--resume: {list(steps.values())[-1]} does not fit this model and optimizer, or is damaged: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,86 @@
+"""The command line of `python -m ppo_jax.train` and `ppo-jax`: arguments in, messages and exit codes out."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ppo_jax import config as configuration
+from ppo_jax.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exit code 0 when the run ended as configured, 2 for anything the user can mend, 130 when interrupted."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"ppo-jax: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print(
+            "ppo-jax: interrupted; --resume continues from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def run(arguments: Sequence[str]) -> None:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = configuration.parse_overrides(rest)
+    if options.resume is not None:
+        if options.config is not None:
+            raise UserError("--resume takes the configuration of the run; --config cannot be given with it")
+        config = configuration.load_resumed(Path(options.resume), overrides)
+    else:
+        config = configuration.load(options.config, overrides)
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return
+    # Imported here so that a bad configuration is refused before JAX and transformers load.
+    if options.dry_run:
+        from ppo_jax.plan import print_plan
+
+        print_plan(config)
+        return
+    from ppo_jax.build import build
+    from ppo_jax.train import train
+
+    result = train(*build(config, resume=options.resume is not None))
+    first, last = result.metrics[0], result.metrics[-1]
+    print(
+        f"Score {first['score/mean']:+.3f} -> {last['score/mean']:+.3f}, "
+        f"KL {last['kl/seq_nats']:.3f} nats per sequence, "
+        f"length {first['response/len_mean_tokens']:.1f} -> {last['response/len_mean_tokens']:.1f} tokens.\n"
+        f"Run: {result.directory}\nPolicy, in Hugging Face format: {result.policy_directory}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_jax.train",
+        description="PPO fine-tuning of a language model. Without arguments it trains the embedded tiny model to write "
+        "positive reviews.",
+        epilog="Every field of the configuration can be set on the command line, values are YAML:\n"
+        + configuration.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="continue a run directory from its newest checkpoint")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print shapes, memory and a time estimate; nothing is trained or written",
+    )
+    return parser

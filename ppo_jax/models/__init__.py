@@ -1,0 +1,1 @@
+"""The transformer: `decoder` (the one model), `families` (Hugging Face configs and names as data), `hf_io` (files)."""

@@ -1,0 +1,233 @@
+"""Hugging Face model directories in and out: safetensors only, no torch, no remote code, nothing loaded in part."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from ppo_jax.errors import UserError
+from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params
+from ppo_jax.models.families import Tensor, family_of, spec_of, tensors_of
+
+MAX_SHARD_BYTES = 5 * 10**9
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A model directory without its weights: where it lies, what it is, and its tokenizer."""
+
+    path: Path
+    config: PretrainedConfig
+    spec: DecoderSpec
+    tokenizer: PreTrainedTokenizerBase
+
+
+def resolve_directory(path_or_id: str) -> Path:
+    """A local model directory, or a hub id that is downloaded (configuration, tokenizer and safetensors only)."""
+    local = Path(path_or_id).expanduser()
+    if local.is_dir():
+        return local
+    looks_like_a_path = path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1
+    if looks_like_a_path or local.exists():
+        raise UserError(f"model.path: {path_or_id!r} (resolved: {local.absolute()}) is not a directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                path_or_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.path: {path_or_id!r} is neither a local directory ({local.absolute()} does not exist) nor a hub id "
+            f"that could be fetched: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    """The directory's `config.json`; models that bring their own code are refused."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} is not a Hugging Face model directory: it has no config.json")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if "auto_map" in raw:
+        raise UserError(
+            f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory"
+        )
+    if "quantization_config" in raw:
+        raise UserError(
+            f"{file} describes a quantised model; PPO needs the full weights (bf16, fp16 or fp32)"
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{file} could not be read: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{directory} holds no tokenizer that can be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def open_model(path_or_id: str, *, ignored_config_fields: tuple[str, ...] = ()) -> ModelDirectory:
+    """Everything about a model directory or hub id but its weights, which `load_params` reads."""
+    path = resolve_directory(path_or_id)
+    config = load_config(path)
+    return ModelDirectory(
+        path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path)
+    )
+
+
+def load_params(directory: Path, config: PretrainedConfig, spec: DecoderSpec, *, dtype=jnp.float32) -> Params:
+    """Weights of a directory, or an error that lists every missing, unexpected and misshapen tensor."""
+    shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(abstract_params(spec)).items()}
+    files = _tensor_files(directory)
+    prefix = family_of(config).prefix
+    # A checkpoint of the bare trunk (the hub's gpt2) leaves out the prefix.
+    bare = not any(name.startswith(prefix) for name in files)
+    rows = tensors_of(config, spec, set(shapes))
+    file_name = {row.name: row.name.removeprefix(prefix) if bare else row.name for row in rows}
+    _check_names(directory, set(file_name.values()), set(files), config, spec)
+    params = {}
+    for row in rows:
+        name = file_name[row.name]
+        with safe_open(files[name], framework="np") as reader:
+            stored = reader.get_tensor(name)
+        params.update(_split_tensor(row, stored, shapes, dtype))
+    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Which file holds which tensor: one `model.safetensors`, or shards with an index."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        files = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    elif single.is_file():
+        files = dict.fromkeys(_tensor_names(single), single)
+    else:
+        pickles = [
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)
+        ]
+        found = (
+            f"found {', '.join(sorted(pickles))}, pickle files, which can run code when loaded"
+            if pickles
+            else "none"
+        )
+        raise UserError(
+            f"{directory} holds no model.safetensors ({found}); convert the weights to safetensors first"
+        )
+    outside = [str(f) for f in set(files.values()) if f.parent != directory or not f.is_file()]
+    if outside:
+        raise UserError(f"{index} names files that are not in {directory}: {', '.join(sorted(outside))}")
+    return files
+
+
+def _tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="np") as reader:
+            return list(reader.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a valid safetensors file: {error}") from error
+
+
+def _check_names(
+    directory: Path, expected: set[str], found: set[str], config: PretrainedConfig, spec: DecoderSpec
+) -> None:
+    ignorable = family_of(config).buffers + (("lm_head.weight",) if spec.tied_head else ())
+    missing = sorted(expected - found)
+    unexpected = sorted(name for name in found - expected if not name.endswith(ignorable))
+    if missing or unexpected:
+        raise UserError(
+            f"{directory}: the weights do not fit config.json, nothing was loaded. "
+            f"Missing tensors: {_listing(missing)}. Unexpected tensors: {_listing(unexpected)}."
+        )
+
+
+def _listing(names: list[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _split_tensor(
+    row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], dtype
+) -> Iterator[tuple[str, jax.Array]]:
+    value = stored.T if row.transpose else stored
+    widths = [shapes[path][-1] for path in row.params]
+    expected = (*shapes[row.params[0]][:-1], sum(widths))
+    if value.shape != expected or value.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+        raise UserError(
+            f"tensor {row.name} is {stored.dtype.name}{list(stored.shape)}; config.json asks for floating-point "
+            f"{list(expected[::-1] if row.transpose else expected)}"
+        )
+    for path, part in zip(row.params, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True):
+        yield path, jnp.asarray(part, dtype)
+
+
+def export_tensors(
+    config: PretrainedConfig, spec: DecoderSpec, params: Params, dtype
+) -> dict[str, np.ndarray]:
+    """Parameters under their Hugging Face names and layouts; a tied head is the embedding and is not written twice."""
+    flat = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
+    tensors = {}
+    for row in tensors_of(config, spec, set(flat)):
+        joined = np.concatenate([np.asarray(flat[path].astype(dtype)) for path in row.params], axis=-1)
+        tensors[row.name] = np.ascontiguousarray(joined.T if row.transpose else joined)
+    return tensors
+
+
+def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=jnp.float32) -> None:
+    """Write a directory that `transformers.AutoModelForCausalLM` loads with identical tensors.
+
+    Tokenizer, chat template and generation config come along. The directory appears whole or not at all: everything is
+    written beside it first. An existing one is replaced.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _save_shards(partial, export_tensors(model.config, model.spec, params, dtype))
+    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = jnp.dtype(dtype).name
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.tokenizer.save_pretrained(partial)
+    if (model.path / GENERATION_CONFIG).is_file():
+        shutil.copy(model.path / GENERATION_CONFIG, partial / GENERATION_CONFIG)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _save_shards(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

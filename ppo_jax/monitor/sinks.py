@@ -1,0 +1,65 @@
+"""Where metrics are written: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.config import MonitorConfig
+from ppo_jax.errors import UserError
+
+
+class MetricsWriter:
+    """One object per iteration in `metrics.jsonl`, flushed at once, and the same numbers to the other sinks."""
+
+    def __init__(self, directory: Path, *, first_step: int, monitor: MonitorConfig):
+        self._file = open_from(directory / "metrics.jsonl", first_step)
+        self._tensorboard, self._wandb = None, None
+        if monitor.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        if monitor.wandb_project is not None:
+            self._wandb = _start_wandb(monitor.wandb_project, directory)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    )
+
+
+def open_from(file: Path, first_step: int):
+    """A JSONL file open for appending, holding only rows of earlier steps: a resumed run writes no step twice."""
+    kept = [row for row in read_rows(file) if row["step"] < first_step]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    return file.open("a", encoding="utf-8")
+
+
+def _start_wandb(project: str, directory: Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "monitor.wandb_project is set, but wandb is not installed: pip install 'ppo-jax[wandb]'"
+        ) from error
+    return wandb.init(project=project, dir=str(directory), name=directory.name)

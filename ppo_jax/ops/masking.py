@@ -1,0 +1,65 @@
+"""Every reduction over a masked array goes through this file.
+
+One polarity everywhere: True is an element that counts. Masked elements never reach a result nor a gradient, not even
+when they hold NaN, because they are replaced before they are used (`jnp.where` on the input, not on the output).
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def zero_masked(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` where the mask is True, 0 elsewhere; a masked NaN has no gradient."""
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, axis: int | None = None) -> Array:
+    """Sum of the unmasked elements, 0 where there are none."""
+    return jnp.sum(zero_masked(x, mask), axis=axis)
+
+
+def masked_count(mask: Bool[Array, "*shape"], *, axis: int | None = None, dtype=jnp.float32) -> Array:
+    """Number of unmasked elements, as a float of `dtype` so that it can divide."""
+    return jnp.sum(mask, axis=axis, dtype=dtype)
+
+
+def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, axis: int | None = None) -> Array:
+    """Mean of the unmasked elements, 0 where there are none."""
+    count = masked_count(mask, axis=axis, dtype=x.dtype)
+    return masked_sum(x, mask, axis=axis) / jnp.maximum(count, jnp.ones((), x.dtype))
+
+
+def masked_center(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` minus its masked mean, 0 at masked positions.
+
+    A reference element (the first unmasked one) is subtracted before the mean is taken: the mean of n equal float32
+    numbers near 1e8 is not that number, their differences are exactly 0.
+    """
+    first = jnp.argmax(mask.reshape(-1))
+    shifted = zero_masked(x - x.reshape(-1)[first], mask)
+    return zero_masked(shifted - masked_mean(shifted, mask), mask)
+
+
+def masked_var(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Population variance (ddof 0) of the unmasked elements; exactly 0 when they are equal or there is only one."""
+    return masked_mean(masked_center(x, mask) ** 2, mask)
+
+
+def masked_max(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Largest unmasked element, -inf when there is none."""
+    return jnp.max(jnp.where(mask, x, jnp.full((), -jnp.inf, x.dtype)))
+
+
+def masked_quantiles(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], probabilities: Sequence[float]
+) -> Float[Array, " Q"]:
+    """Linearly interpolated quantiles of the unmasked elements, NaN when there are none."""
+    unmasked_or_nan = jnp.where(mask, x, jnp.full((), jnp.nan, x.dtype))
+    return jnp.nanquantile(unmasked_or_nan, jnp.asarray(probabilities, x.dtype))
+
+
+def last_position(mask: Bool[Array, "B T"]) -> Int[Array, " B"]:
+    """Index of the last True of every row (T - 1 for a row without one)."""
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)

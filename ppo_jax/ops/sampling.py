@@ -1,0 +1,102 @@
+"""Draw tokens from logits and uniforms (step 1), without ever sorting the vocabulary.
+
+Order: temperature, then top-k, then top-p, each renormalised. Both cuts are thresholds on the probability, found by
+bisection over the bit patterns of non-negative floats (which are ordered like the floats), so they are exact: sorting
+8 rows of 49,152 took 183 ms where the bisection takes 8.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ppo_jax.ops.logprobs import log_distribution, wide_dtype
+
+
+def _largest_threshold(
+    probs: Float[Array, "B V"], satisfied: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]
+) -> Float[Array, "B 1"]:
+    """Largest τ per row for which `satisfied({probs >= τ})`, found exactly; `satisfied` must hold for the full set."""
+    bits_type = jnp.dtype(f"int{probs.dtype.itemsize * 8}")
+    low = jnp.zeros(probs.shape[:1], bits_type)
+    high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[:1], 2.0, probs.dtype), bits_type)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        threshold = jax.lax.bitcast_convert_type(middle, probs.dtype)
+        holds = satisfied(probs >= threshold[:, None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, probs.dtype.itemsize * 8, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, probs.dtype)[:, None]
+
+
+def truncated_weights(
+    logits: Float[Array, "B V"], *, temperature: float, top_p: float, top_k: int
+) -> Float[Array, "B V"]:
+    """softmax(logits / τ) with everything outside top-k and then top-p set to 0; not renormalised.
+
+    A row's sum is therefore its kept mass. `top_k=0` and `top_p=1.0` cut nothing. top-p keeps the smallest set whose
+    renormalised probability reaches p, equally likely tokens at its edge included, and always the most likely token.
+    """
+    zero = jnp.zeros((), wide_dtype(logits.dtype))
+    probs = jnp.exp(log_distribution(logits, temperature=temperature))
+    if top_k > 0:
+        edge = _largest_threshold(probs, lambda kept: jnp.sum(kept, axis=-1) >= min(top_k, probs.shape[-1]))
+        probs = jnp.where(probs >= edge, probs, zero)
+    if top_p < 1.0:
+        target = top_p * jnp.sum(probs, axis=-1)
+        edge = _largest_threshold(
+            probs, lambda kept: jnp.sum(jnp.where(kept, probs, zero), axis=-1) >= target
+        )
+        edge = jnp.minimum(edge, jnp.max(probs, axis=-1, keepdims=True))
+        probs = jnp.where(probs >= edge, probs, zero)
+    return probs
+
+
+def _first_exceeding(
+    weights: Float[Array, "B N"], target: Float[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Smallest i with w_0 + ... + w_i > target, and what is left of the target at i.
+
+    Every prefix is its own masked sum of the same N summands in the same order. Rounding keeps such sums monotone in
+    i, which an ordinary float32 cumulative sum over 150,000 entries is not; so w_i > 0 wherever a prefix first exceeds.
+    """
+    position = jnp.arange(weights.shape[1])
+    up_to = position[:, None] >= position[None, :]
+    prefix = jnp.sum(jnp.where(up_to[None], weights[:, None, :], jnp.zeros((), weights.dtype)), axis=-1)
+    exceeds = prefix > target[:, None]
+    # Rounding may leave the last prefix of a chosen block a hair under the target: then its last positive entry.
+    last_positive = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=1)
+    index = jnp.where(jnp.any(exceeds, axis=1), jnp.argmax(exceeds, axis=1), last_positive)
+    before = jnp.take_along_axis(jnp.pad(prefix, ((0, 0), (1, 0))), index[:, None], axis=1)[:, 0]
+    return index, target - before
+
+
+def inverse_cdf(uniforms: Float[Array, " B"], weights: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Token whose interval of the cumulative weights holds `uniform * Σ weights`; never one of weight 0.
+
+    Two levels of about √V: first the block, then the token in it, each by `_first_exceeding`.
+    """
+    batch, vocab = weights.shape
+    width = 1 << max(0, (vocab - 1).bit_length() // 2)
+    blocks = -(-vocab // width)
+    grid = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(batch, blocks, width)
+    block_sums = jnp.sum(grid, axis=-1)
+    block, rest = _first_exceeding(block_sums, uniforms.astype(weights.dtype) * jnp.sum(block_sums, axis=-1))
+    chosen = jnp.take_along_axis(grid, block[:, None, None], axis=1)[:, 0]
+    return block * width + _first_exceeding(chosen, rest)[0]
+
+
+def sample_tokens(
+    uniforms: Float[Array, " B"],
+    logits: Float[Array, "B V"],
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Int[Array, " B"]:
+    """One token per row, a deterministic function of the row's own uniform in [0, 1) and its own logits."""
+    return inverse_cdf(uniforms, truncated_weights(logits, temperature=temperature, top_p=top_p, top_k=top_k))

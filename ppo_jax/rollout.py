@@ -1,0 +1,202 @@
+"""Step 1: the current policy answers the prompts. Prefill, then one token at a time, all of it on the device.
+
+One compiled call per (batch, prompt bucket): the loop ends when every row has ended, and nothing returns to the host
+before that. The log-probs kept here are those of the full temperature-scaled policy, whatever the sampler cut away.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from ppo_jax.models.decoder import (
+    Cache,
+    Decoder,
+    DecoderSpec,
+    Params,
+    cast,
+    causal_visibility,
+    head_logits,
+    positions_from_mask,
+)
+from ppo_jax.ops.logprobs import log_distribution
+from ppo_jax.ops.sampling import inverse_cdf, truncated_weights
+from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout
+from ppo_jax.tracing import note_compilation
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; fixed for a run, so compiled in."""
+
+    min_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@struct.dataclass
+class Endings:
+    """What ends an answer.
+
+    `stop_table[s, q, v]` is how far stop string s is matched after token v, when it was matched as far as q before; the
+    last q is complete. The table is over whole tokens, so a string may begin and end inside of tokens.
+    """
+
+    eos_tokens: Int[Array, " E"]
+    stop_table: Int[Array, "strings states V"]
+
+
+@struct.dataclass
+class _Progress:
+    """Carry of the decode loop, with `t` tokens written."""
+
+    t: Int[Array, ""]
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    kept_mass: Float[Array, "B T"]
+    finish_reason: Int[Array, " B"]
+    matched: Int[Array, "B strings"]
+    running: Bool[Array, " B"]
+
+
+@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype"))
+def generate(
+    params: Params,
+    prompt_tokens: Int[Array, "N P"],
+    prompt_mask: Bool[Array, "N P"],
+    uniforms: Float[Array, "B T"],
+    endings: Endings,
+    policy_version: Int[Array, ""],
+    *,
+    spec: DecoderSpec,
+    sampling: Sampling,
+    compute_dtype: str,
+) -> Rollout:
+    """B answers to N left-padded prompts, B / N to each, in prompt order; answers to one prompt share its prefill.
+
+    `uniforms[b, t]` in [0, 1) decides token t of row b and nothing else, so a row does not depend on its neighbours.
+    """
+    (prompts, length), (batch, max_new) = prompt_tokens.shape, uniforms.shape
+    note_compilation("rollout", B=batch, P=length, T=max_new)
+    params = cast(params, compute_dtype)  # once, not in every step of the loop
+    per_answer = partial(jnp.repeat, repeats=batch // prompts, axis=0)
+
+    hidden, prompt_cache = Decoder(spec).apply(
+        {"params": params}, prompt_tokens, positions_from_mask(prompt_mask), causal_visibility(prompt_mask)
+    )
+    room = ((0, 0), (0, 0), (0, max_new), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.pad(per_answer(x), room), prompt_cache)
+    logits = head_logits(params, per_answer(hidden[:, -1]), spec=spec)
+    prompt_tokens, prompt_mask = per_answer(prompt_tokens), per_answer(prompt_mask)
+    prompt_lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+
+    def write(progress: _Progress, logits):
+        return _write_token(progress, logits, uniforms, endings, sampling)
+
+    def decode(carry: tuple[_Progress, Cache]):
+        progress, cache = carry
+        last = progress.t - 1
+        hidden, cache = Decoder(spec).apply(
+            {"params": params},
+            jax.lax.dynamic_slice_in_dim(progress.tokens, last, 1, axis=1),
+            (prompt_lengths + last)[:, None],
+            jnp.concatenate(
+                [prompt_mask, jnp.broadcast_to(jnp.arange(max_new) <= last, (batch, max_new))], axis=1
+            )[:, None],
+            cache,
+            length + last,
+        )
+        return write(progress, head_logits(params, hidden[:, 0], spec=spec)), cache
+
+    def unfinished(carry: tuple[_Progress, Cache]):
+        return (carry[0].t < max_new) & jnp.any(carry[0].running)
+
+    start = write(_empty_progress(batch, max_new, endings, logits.dtype), logits)
+    done, _ = jax.lax.while_loop(unfinished, decode, (start, cache))
+    return Rollout(
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
+        response_tokens=done.tokens,
+        response_mask=done.mask,
+        behaviour_logprobs=done.logprobs,
+        kept_mass=done.kept_mass,
+        finish_reason=done.finish_reason,
+        group_id=per_answer(jnp.arange(prompts, dtype=jnp.int32)),
+        policy_version=policy_version,
+    )
+
+
+def _empty_progress(batch: int, max_new: int, endings: Endings, dtype) -> _Progress:
+    return _Progress(
+        t=jnp.zeros((), jnp.int32),
+        tokens=jnp.zeros((batch, max_new), jnp.int32),
+        mask=jnp.zeros((batch, max_new), bool),
+        logprobs=jnp.zeros((batch, max_new), dtype),
+        kept_mass=jnp.zeros((batch, max_new), dtype),
+        finish_reason=jnp.full((batch,), TRUNCATED, jnp.int32),
+        matched=jnp.zeros((batch, endings.stop_table.shape[0]), jnp.int32),
+        running=jnp.ones((batch,), bool),
+    )
+
+
+def _write_token(
+    progress: _Progress,
+    logits: Float[Array, "B V"],
+    uniforms: Float[Array, "B T"],
+    endings: Endings,
+    sampling: Sampling,
+) -> _Progress:
+    """Draw token t of every running row, and see which rows end with it."""
+    t, running = progress.t, progress.running
+    may_end = t >= sampling.min_new_tokens
+    is_eos = jnp.zeros(logits.shape[-1:], bool).at[endings.eos_tokens].set(True)
+    weights = truncated_weights(
+        jnp.where((is_eos & ~may_end)[None], -jnp.inf, logits),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+    )
+    tokens = inverse_cdf(jax.lax.dynamic_index_in_dim(uniforms, t, axis=1, keepdims=False), weights).astype(
+        jnp.int32
+    )
+    log_probs = log_distribution(logits, temperature=sampling.temperature)
+    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
+    kept = jnp.sum(jnp.where(weights > 0, jnp.exp(log_probs), jnp.zeros((), log_probs.dtype)), axis=1)
+
+    complete = endings.stop_table.shape[1] - 1
+    string = jnp.arange(endings.stop_table.shape[0])[None]
+    matched = endings.stop_table[string, progress.matched, tokens[:, None]]
+    # A stop string that is complete too early is forgotten, as an early EOS is not sampled.
+    matched = jnp.where((matched == complete) & ~may_end, 0, matched)
+    by_eos, by_string = is_eos[tokens], jnp.any(matched == complete, axis=1)
+    reason = jnp.where(by_eos, EOS, jnp.where(by_string, STOP_STRING, TRUNCATED))
+
+    def put(array, value):
+        column = jnp.where(running, value, jnp.zeros((), value.dtype)).astype(array.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], t, axis=1)
+
+    return progress.replace(
+        t=t + 1,
+        tokens=put(progress.tokens, tokens),
+        mask=put(progress.mask, running),
+        logprobs=put(progress.logprobs, chosen),
+        kept_mass=put(progress.kept_mass, kept),
+        finish_reason=jnp.where(running, reason, progress.finish_reason).astype(jnp.int32),
+        matched=matched,
+        running=running & ~by_eos & ~by_string,
+    )
+
+
+def crop(rollout: Rollout, length: int) -> Rollout:
+    """The same answers with the response axis cut to `length`, which no answer exceeds."""
+    return rollout.replace(
+        **{
+            name: getattr(rollout, name)[:, :length]
+            for name in ("response_tokens", "response_mask", "behaviour_logprobs", "kept_mass")
+        }
+    )

@@ -1,0 +1,65 @@
+"""Step 3: what policy and reference say of the sampled tokens, over response tokens only.
+
+Both models give hidden states [B, T, D]; their heads are streamed together over blocks of rows, so that log-probs,
+entropy and the exact KL of the whole vocabulary are computed without a [B, T, V] array of either.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
+from ppo_jax.ops.kl import exact_token_kl
+from ppo_jax.ops.logprobs import entropy, token_logprobs
+from ppo_jax.ops.masking import zero_masked
+from ppo_jax.ops.streaming import map_row_blocks, rows_per_block
+from ppo_jax.records import Rollout, Scored
+from ppo_jax.tracing import note_compilation
+
+
+@partial(jax.jit, static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size"))
+def score(
+    params: Params,
+    ref_params: Params,
+    rollout: Rollout,
+    *,
+    spec: DecoderSpec,
+    temperature: float,
+    compute_dtype: str,
+    micro_batch_size: int,
+) -> Scored:
+    """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
+
+    `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
+    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1.
+    """
+    batch = rollout.response_tokens.shape[0]
+    note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=rollout.response_tokens.shape[1])
+    params, ref_params = cast(params, compute_dtype), cast(ref_params, compute_dtype)
+
+    def score_rows(hidden, ref_hidden, tokens):
+        logits = head_logits(params, hidden, spec=spec)
+        ref_logits = head_logits(ref_params, ref_hidden, spec=spec)
+        return Scored(
+            old_logprobs=token_logprobs(logits, tokens, temperature=temperature),
+            ref_logprobs=token_logprobs(ref_logits, tokens, temperature=temperature),
+            token_kl=exact_token_kl(logits, ref_logits, temperature=temperature),
+            token_entropy=entropy(logits, temperature=temperature),
+        )
+
+    def score_answers(sequences):
+        _, _, response_tokens, response_mask = sequences
+        scored = map_row_blocks(
+            score_rows,
+            response_hidden(params, *sequences, spec=spec),
+            response_hidden(ref_params, *sequences, spec=spec),
+            response_tokens,
+            block_rows=rows_per_block(spec.vocab_size),
+        )
+        return jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
+
+    sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
+    micro = jax.tree.map(lambda x: x.reshape(batch // micro_batch_size, micro_batch_size, -1), sequences)
+    scored = jax.lax.map(score_answers, micro)
+    return jax.tree.map(lambda x: jnp.reshape(x, rollout.response_tokens.shape), scored)

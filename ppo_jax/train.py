@@ -1,0 +1,202 @@
+"""`python -m ppo_jax.train`: the six steps of PPO fine-tuning, top to bottom.
+
+    1. the current policy answers the prompts
+    2. a reward source scores each answer
+    3. the KL between the policy and a frozen reference, over response tokens only
+    4. score and KL become the total reward
+    5. the advantage: which answers were better than their batch
+    6. a few small, clipped steps
+
+`ppo_iteration` is one iteration; `train` repeats it, watches it, and ends it. What the steps call is in the file of
+that name: `rollout`, `rewards`, `scoring`, `ops`, `update`; which functions they are is picked in `build`.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax import checkpoint, rollout, scoring, update
+from ppo_jax.build import Run, tokenizer_texts
+from ppo_jax.config import warnings_of
+from ppo_jax.models.hf_io import save_model
+from ppo_jax.monitor import invariants, metrics, samples
+from ppo_jax.monitor.clock import PhaseClock
+from ppo_jax.monitor.console import View, print_samples
+from ppo_jax.monitor.sinks import MetricsWriter
+from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
+from ppo_jax.records import Experience, PromptBatch, Rollout, TrainState
+from ppo_jax.rewards.source import audit, score_answers
+from ppo_jax.tracing import bucket, compilations
+
+log = logging.getLogger("ppo_jax")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    directory: Path
+    policy_directory: Path  # Hugging Face format
+    metrics: list[dict[str, Any]]  # one object per iteration, as in metrics.jsonl
+    state: TrainState
+    stop_reason: str
+
+
+def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[TrainState, dict[str, Any]]:
+    """One PPO iteration; `state` is consumed. Returns the next state and the iteration's metrics."""
+    config, step = run.config, int(state.step)
+    compute_dtype = config.model.compute_dtype
+    prompts = run.prompts.batch(step, run.prompts_per_iteration)
+
+    # 1. The current policy answers the prompts.
+    with clock.phase("rollout"):
+        answers = answer(run, state, prompts, Purpose.ROLLOUT, step=step)  # Rollout of [B, T]
+        texts = tokenizer_texts(run.model.tokenizer, answers)
+
+    # 2. A reward source scores each answer.
+    with clock.phase("reward"):
+        questions = [prompts.texts[i] for i in np.asarray(answers.group_id)]
+        scores = score_answers(run.reward, questions, texts)
+        seq_scores = jnp.asarray(scores)  # [B]
+
+    # 3. The KL between the policy and the frozen reference, exact and sampled, over response tokens only.
+    with clock.phase("score"):
+        scored = scoring.score(  # Scored of [B, T]
+            state.params,
+            run.ref_params,
+            answers,
+            spec=run.model.spec,
+            temperature=config.rollout.temperature,
+            compute_dtype=compute_dtype,
+            micro_batch_size=config.micro_batch_size,
+        )
+
+        # 4. Score and KL become the total reward, token by token.
+        token_rewards = run.token_rewards(seq_scores, scored, answers.response_mask)  # [B, T]
+
+        # 5. The advantage: which answers were better than their batch.
+        advantages = run.advantages(token_rewards, answers.response_mask)  # [B, T]
+
+        observed = metrics.to_host(metrics.experience_metrics(answers, scored, seq_scores, token_rewards))
+    if step == 0:
+        invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
+        warn(audit(scores))
+
+    # 6. A few small, clipped steps.
+    with clock.phase("update"):
+        experience = Experience(
+            prompt_tokens=answers.prompt_tokens,
+            prompt_mask=answers.prompt_mask,
+            response_tokens=answers.response_tokens,
+            response_mask=answers.response_mask,
+            old_logprobs=scored.old_logprobs,
+            advantages=advantages,
+        )
+        state, optimizer_steps = update.update(
+            state, experience, config=config, optimizer=run.optimizer, objective=run.objective
+        )
+        stats = [metrics.to_host(stats) for stats in optimizer_steps]
+    if step == 0:
+        invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
+    return state, observed | {"kl/coef": config.kl.coef} | update.summarise(stats) | clock.metrics(
+        response_tokens=int(answers.response_mask.sum())
+    )
+
+
+def answer(run: Run, state: TrainState, prompts: PromptBatch, purpose: Purpose, *, step: int) -> Rollout:
+    """Answers to a batch of prompts, cropped to the bucket of the longest; noise is a function of (seed, step, purpose)."""
+    config = run.config.rollout
+    per_prompt = config.answers_per_prompt if purpose == Purpose.ROLLOUT else 1
+    key = purpose_key(run.config.run.seed, step, purpose)
+    rows = jnp.arange(len(prompts.texts) * per_prompt)
+    answers = rollout.generate(
+        state.params,
+        jnp.asarray(prompts.tokens),
+        jnp.asarray(prompts.mask),
+        rollout_uniforms(key, rows, length=config.max_new_tokens),
+        run.endings,
+        state.step,
+        spec=run.model.spec,
+        sampling=run.sampling,
+        compute_dtype=run.config.model.compute_dtype,
+    )
+    longest = int(jnp.max(jnp.sum(answers.response_mask, axis=1)))
+    return rollout.crop(answers, bucket(longest, smallest=8, largest=config.max_new_tokens))
+
+
+def train(run: Run, state: TrainState) -> RunResult:
+    """Run the remaining iterations and export the policy. `state` is consumed."""
+    config, first_step = run.config, int(state.step)
+    reference_digest = invariants.digest(run.ref_params)
+    history, stop_reason, clock = [], f"all {config.run.iterations} iterations are done", PhaseClock()
+    with (
+        View(config.run.iterations, first_step) as view,
+        MetricsWriter(run.directory, first_step=first_step, monitor=config.monitor) as writer,
+    ):
+        warn(warnings_of(config))
+        for step in range(first_step, config.run.iterations):
+            if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
+                answer_fixed_prompts(run, state)
+            clock.restart()
+            state, numbers = ppo_iteration(run, state, clock)
+            invariants.assert_unmoved(run.ref_params, reference_digest)
+            writer.write(step, numbers)
+            view.iteration(step, numbers)
+            history.append({"step": step} | numbers)
+            if is_due(step + 1, config.checkpoint.save_every):
+                checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
+            if reason := limit_reached(run, numbers, clock):
+                stop_reason = reason
+                break
+        answer_fixed_prompts(run, state)
+        log.info("stopped: %s; compilations: %s", stop_reason, dict(compilations))
+    policy_directory = run.directory / "policy"
+    save_model(policy_directory, run.model, state.params, dtype=config.model.export_dtype)
+    if config.checkpoint.save_every:
+        checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
+    print_samples(samples.read(run.directory), total=int(state.step))
+    return RunResult(run.directory, policy_directory, history, state, stop_reason)
+
+
+def warn(messages: list[str]) -> None:
+    for message in messages:
+        log.warning("warning: %s", message)
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str | None:
+    """Why the run should end after this iteration, or None."""
+    limits = run.config.run
+    if numbers["update/skipped_steps"] > 0:
+        return (
+            "a loss or gradient was not finite; that step was skipped and the parameters are those before it"
+        )
+    if limits.max_seq_kl_nats is not None and numbers["kl/seq_nats"] > limits.max_seq_kl_nats:
+        return f"KL budget: {numbers['kl/seq_nats']:.3f} nats per sequence, run.max_seq_kl_nats is {limits.max_seq_kl_nats}"
+    if limits.max_wall_clock_s is not None and clock.total_s() > limits.max_wall_clock_s:
+        return f"time limit: {clock.total_s():.0f} s, run.max_wall_clock_s is {limits.max_wall_clock_s}"
+    return None
+
+
+def answer_fixed_prompts(run: Run, state: TrainState) -> None:
+    """Sample the fixed prompts with noise that never changes, score the answers, and append them to samples.jsonl."""
+    if run.config.monitor.sample_every == 0:
+        return
+    prompts = run.fixed_prompts.in_order()
+    texts = tokenizer_texts(run.model.tokenizer, answer(run, state, prompts, Purpose.FIXED_PROMPTS, step=0))
+    scores = score_answers(run.reward, prompts.texts, texts)
+    samples.append(run.directory, int(state.step), prompts.texts, texts, scores)
+
+
+if __name__ == "__main__":
+    from ppo_jax.cli import main
+
+    main()
