@@ -104,9 +104,7 @@ def build(
     return run, state
 
 
-def k1_token_rewards(
-    seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float
-) -> jax.Array:
+def k1_token_rewards(seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float) -> jax.Array:
     """The `k1` form of the KL: a penalty per token inside the reward."""
     token_k1 = kl.k1(scored.old_logprobs, scored.ref_logprobs)
     return rewards.token_rewards(seq_scores, token_k1, response_mask, kl_coef=kl_coef)
@@ -169,9 +167,7 @@ def make_endings(config: Config, model: ModelDirectory) -> Endings:
     """EOS tokens and stop strings of a run; a model without any EOS is refused."""
     return Endings(
         eos_tokens=jnp.asarray(eos_token_ids(config, model), jnp.int32),
-        stop_table=jnp.asarray(
-            stop_table(config.rollout.stop_strings, model.tokenizer, model.spec.vocab_size)
-        ),
+        stop_table=jnp.asarray(stop_table(config.rollout.stop_strings, model.tokenizer, model.spec.vocab_size)),
     )
 
 
@@ -181,11 +177,10 @@ def eos_token_ids(config: Config, model: ModelDirectory) -> list[int]:
         vocabulary = tokenizer.get_vocab()
         unknown = [token for token in config.rollout.eos_tokens if token not in vocabulary]
         if unknown:
-            raise UserError(
-                f"rollout.eos_tokens: {', '.join(map(repr, unknown))} is not a token of {model.path}"
-            )
+            raise UserError(f"rollout.eos_tokens: {', '.join(map(repr, unknown))} is not a token of {model.path}")
         return [vocabulary[token] for token in config.rollout.eos_tokens]
-    found = {tokenizer.eos_token_id}
+    found: set[Any] = set()
+    found.add(tokenizer.eos_token_id)
     generation_config = model.path / hf_io.GENERATION_CONFIG
     if generation_config.is_file():
         stated = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
@@ -209,8 +204,8 @@ def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -
     longest = max(len(tokens) for tokens in encoded)
     if longest + config.rollout.max_new_tokens > spec.max_positions:
         raise UserError(
-            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) exceed "
-            f"the model's {spec.max_positions} positions; lower prompts.max_tokens or rollout.max_new_tokens"
+            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) exceed"
+            f" the model's {spec.max_positions} positions; lower prompts.max_tokens or rollout.max_new_tokens"
         )
 
 
@@ -260,4 +255,4 @@ def versions() -> dict[str, Any]:
 def tokenizer_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
     """The B answers as texts, special tokens left out."""
     rows = zip(np.asarray(rollout.response_tokens), np.asarray(rollout.response_mask), strict=True)
-    return [tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True) for tokens, mask in rows]
+    return [str(tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)) for tokens, mask in rows]

@@ -71,13 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults")
     parser.add_argument("--resume", metavar="RUN", help="continue a run directory from its newest checkpoint")
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the resolved configuration and exit"
-    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
         "--dry_run",
         action="store_true",

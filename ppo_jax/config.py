@@ -10,17 +10,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ppo_jax.errors import UserError
 
 EMBEDDED = "embedded"
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python, and so pydantic, counts among the integers
+        raise PydanticCustomError("number_type", "Input should be a number, not a boolean")
+    return value
+
+
+_Number = BeforeValidator(_no_boolean)
+Positive = Annotated[int, Field(ge=1), _Number]
+NonNegative = Annotated[int, Field(ge=0), _Number]
+Seed = Annotated[int, Field(ge=0, lt=2**32), _Number]  # jax.random keeps 32 bits of a seed
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+Probability = Annotated[float, Field(ge=0, le=1), _Number]
+Decay = Annotated[float, Field(ge=0, lt=1), _Number]  # at 1 the bias correction of Adam divides by 0
 NonEmpty = Annotated[str, Field(min_length=1)]
 DType = Literal["float32", "bfloat16"]
 
@@ -30,125 +41,123 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str | None = Field(None, description="run directory; by default runs/ and the time of the start")
-    seed: NonNegative = Field(0, description="every random draw is a function of this and the iteration")
-    iterations: Positive = Field(60, description="PPO iterations: answer, score, update")
+    dir: NonEmpty | None = Field(default=None, description="run directory; by default runs/ and the time of the start")
+    seed: Seed = Field(default=0, description="every random draw is a function of this and the iteration")
+    iterations: Positive = Field(default=60, description="PPO iterations: answer, score, update")
     max_wall_clock_s: PositiveFloat | None = Field(
-        None, description="end cleanly after the first iteration that passes this many seconds"
+        default=None, description="end cleanly after the first iteration that passes this many seconds"
     )
     max_seq_kl_nats: PositiveFloat | None = Field(
-        None, description="KL budget: end cleanly after the first iteration with kl/seq_nats above this"
+        default=None, description="KL budget: end cleanly after the first iteration with kl/seq_nats above this"
     )
 
 
 class ModelConfig(Section):
-    path: str = Field(
-        EMBEDDED, description="SFT model to start from: a Hugging Face directory or hub id, or 'embedded'"
+    path: NonEmpty = Field(
+        default=EMBEDDED, description="SFT model to start from: a Hugging Face directory or hub id, or 'embedded'"
     )
     compute_dtype: DType = Field(
-        "float32",
+        default="float32",
         description="dtype of forward and backward passes; master weights and log-probs stay float32",
     )
-    export_dtype: DType = Field("float32", description="dtype of the weights written to policy/")
+    export_dtype: DType = Field(default="float32", description="dtype of the weights written to policy/")
     ignored_config_fields: tuple[str, ...] = Field(
-        (), description="fields of config.json, unknown to the decoder, that you know to change no logit"
+        default=(), description="fields of config.json, unknown to the decoder, that you know to change no logit"
     )
 
 
 class PromptsConfig(Section):
-    path: str = Field(
-        EMBEDDED, description="JSONL, CSV, parquet or text file, a datasets hub id, or 'embedded'"
+    path: NonEmpty = Field(
+        default=EMBEDDED, description="JSONL, CSV, parquet or text file, a datasets hub id, or 'embedded'"
     )
-    field: str = Field("prompt", description="column that holds the prompt")
-    split: str = Field("train", description="split of a hub data set")
+    field: NonEmpty = Field(default="prompt", description="column that holds the prompt")
+    split: NonEmpty = Field(default="train", description="split of a hub data set")
     chat_template: bool = Field(
-        False, description="wrap each prompt as a user's message in the tokenizer's chat template"
+        default=False, description="wrap each prompt as a user's message in the tokenizer's chat template"
     )
-    max_tokens: Positive = Field(256, description="longest prompt, in tokens")
+    max_tokens: Positive = Field(default=256, description="longest prompt, in tokens")
     too_long: Literal["error", "skip", "truncate"] = Field(
-        "error", description="what to do with longer prompts; truncate keeps the end"
+        default="error", description="what to do with longer prompts; truncate keeps the end"
     )
 
 
 class RewardConfig(Section):
-    function: str = Field(
-        "ppo_jax.rewards.sentiment:vader_compound",
+    function: NonEmpty = Field(
+        default="ppo_jax.rewards.sentiment:vader_compound",
         description="module:function of (prompts, answers), two lists of texts, that returns one float per answer",
     )
 
 
 class RolloutConfig(Section):
-    batch_size: Positive = Field(64, description="answers per iteration")
-    answers_per_prompt: Positive = Field(1, description="answers to each prompt; they share one prefill")
-    max_new_tokens: Positive = Field(48, description="longest answer, in tokens, EOS included")
-    min_new_tokens: NonNegative = Field(0, description="EOS is banned from sampling before this many tokens")
+    batch_size: Positive = Field(default=64, description="answers per iteration")
+    answers_per_prompt: Positive = Field(default=1, description="answers to each prompt; they share one prefill")
+    max_new_tokens: Positive = Field(default=48, description="longest answer, in tokens, EOS included")
+    min_new_tokens: NonNegative = Field(default=0, description="EOS is banned from sampling before this many tokens")
     temperature: PositiveFloat = Field(
-        1.0, description="sampling temperature; log-probs and KL are those at it"
+        default=1.0, description="sampling temperature; log-probs and KL are those at it"
     )
-    top_p: Probability = Field(1.0, description="nucleus sampling; 1.0 is off and the only unbiased setting")
-    top_k: NonNegative = Field(0, description="sample among the k likeliest tokens; 0 is off")
+    top_p: Probability = Field(default=1.0, description="nucleus sampling; 1.0 is off and the only unbiased setting")
+    top_k: NonNegative = Field(default=0, description="sample among the k likeliest tokens; 0 is off")
     eos_tokens: tuple[str, ...] | None = Field(
-        None, description="tokens that end an answer; by default those of the generation config and tokenizer"
+        default=None, description="tokens that end an answer; by default those of the generation config and tokenizer"
     )
-    stop_strings: tuple[NonEmpty, ...] = Field((), description="texts that end an answer; they remain in it")
+    stop_strings: tuple[NonEmpty, ...] = Field(default=(), description="texts that end an answer; they remain in it")
 
 
 class KlConfig(Section):
-    coef: NonNegativeFloat = Field(0.05, description="β, score units per nat of KL to the reference")
+    coef: NonNegativeFloat = Field(default=0.05, description="β, score units per nat of KL to the reference")
 
 
 class AdvantageConfig(Section):
     estimator: Literal["batch_mean", "whitened_batch_mean"] = Field(
-        "batch_mean",
+        default="batch_mean",
         description="reward minus the batch mean; whitened: divided by the standard deviation too",
     )
 
 
 class UpdateConfig(Section):
-    epochs: Positive = Field(2, description="passes over the batch; more than 4 is warned of")
-    minibatch_size: Positive = Field(32, description="answers per optimizer step")
+    epochs: Positive = Field(default=2, description="passes over the batch; more than 4 is warned of")
+    minibatch_size: Positive = Field(default=32, description="answers per optimizer step")
     micro_batch_size: Positive | None = Field(
-        None, description="answers per forward pass, in scoring too; by default the minibatch"
+        default=None, description="answers per forward pass, in scoring too; by default the minibatch"
     )
-    learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate of AdamW")
+    learning_rate: PositiveFloat = Field(default=3e-4, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up: constant, or a decay that reaches 0 when the run ends"
+        default="constant", description="after the warm-up: constant, or a decay that reaches 0 when the run ends"
     )
-    warmup_steps: NonNegative = Field(0, description="optimizer steps of linear warm-up from 0")
-    clip_eps: PositiveFloat = Field(0.2, description="ε: the ratio is clipped to [1 − ε, 1 + ε]")
+    warmup_steps: NonNegative = Field(default=0, description="optimizer steps of linear warm-up from 0")
+    clip_eps: PositiveFloat = Field(default=0.2, description="ε: the ratio is clipped to [1 − ε, 1 + ε]")
     max_grad_norm: PositiveFloat | None = Field(
-        1.0, description="global norm the gradient is clipped to; null is off"
+        default=1.0, description="global norm the gradient is clipped to; null is off"
     )
-    adam_b1: Probability = Field(0.9, description="decay of AdamW's first moment")
-    adam_b2: Probability = Field(0.95, description="decay of AdamW's second moment")
-    adam_eps: PositiveFloat = Field(1e-8, description="AdamW's ε, outside the square root")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay, on matrices only")
+    adam_b1: Decay = Field(default=0.9, description="decay of AdamW's first moment")
+    adam_b2: Decay = Field(default=0.95, description="decay of AdamW's second moment")
+    adam_eps: PositiveFloat = Field(default=1e-8, description="AdamW's ε, outside the square root")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay, on matrices only")
     normaliser: Literal["constant", "token_mean", "sequence_mean"] = Field(
-        "constant",
+        default="constant",
         description="what divides the summed loss: answers x max_new_tokens (unbiased), or the tokens or the answers "
         "of the minibatch (weighted by length)",
     )
-    remat: bool = Field(
-        False, description="recompute each layer in the backward pass: less memory, more time"
-    )
+    remat: bool = Field(default=False, description="recompute each layer in the backward pass: less memory, more time")
 
 
 class MonitorConfig(Section):
     fixed_prompts: tuple[str, ...] | None = Field(
-        None, description="prompts answered with fixed noise over time; by default the first 4 of the prompts"
+        default=None, description="prompts answered with fixed noise over time; by default the first 4 of the prompts"
     )
     sample_every: NonNegative = Field(
-        10, description="iterations between answers to the fixed prompts; 0 is off"
+        default=10, description="iterations between answers to the fixed prompts; 0 is off"
     )
-    tensorboard: bool = Field(True, description="write TensorBoard event files")
-    wandb_project: str | None = Field(
-        None, description="also log to this Weights & Biases project (extra: wandb)"
+    tensorboard: bool = Field(default=True, description="write TensorBoard event files")
+    wandb_project: NonEmpty | None = Field(
+        default=None, description="also log to this Weights & Biases project (extra: wandb)"
     )
 
 
 class CheckpointConfig(Section):
-    save_every: NonNegative = Field(0, description="iterations between checkpoints; 0 saves none")
-    keep: Positive = Field(2, description="how many of the newest checkpoints stay")
+    save_every: NonNegative = Field(default=0, description="iterations between checkpoints; 0 saves none")
+    keep: Positive = Field(default=2, description="how many of the newest checkpoints stay")
 
 
 class Config(Section):
@@ -189,12 +198,10 @@ def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None
         values, where = _read_yaml(Path(file)), str(file)
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
-        if not isinstance(values.setdefault(section, {}), dict):
-            values[section] = {}
-        if key:
-            values[section][key] = value
-        else:
+        if not key:
             values[section] = value
+        elif isinstance(values.setdefault(section, {}), dict):  # else the file's section is reported as it is
+            values[section][key] = value
     return parse(values, where=where)
 
 
@@ -207,22 +214,38 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
         for entry in error.errors():
             location = tuple(str(part) for part in entry["loc"][:2])
             bad_keys.add(".".join(location))
-            problems.append(_describe(entry))
+            problems.append(_describe(dict(entry)))
         config = Config.model_validate(_without(values, bad_keys))
-    problems += [text for keys, text in _misfits(config) if not bad_keys.intersection(keys)]
+    problems += [
+        text
+        for keys, text in _misfits(config)
+        if not bad_keys.intersection(keys) and not bad_keys.intersection(key.partition(".")[0] for key in keys)
+    ]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(
-            f"{count} in the configuration [{where}]:\n" + "\n".join(f"  {text}" for text in problems)
-        )
+        raise UserError(f"{count} in the configuration [{where}]:\n" + "\n".join(f"  {text}" for text in problems))
     return config
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader, but a key given twice is an error; YAML loaders silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"--config: {file} (resolved: {file.absolute()}) is not a file")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"--config: {file} (resolved: {file.absolute()}) cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
     if values is None:
@@ -241,27 +264,34 @@ def _without(values: dict[str, Any], bad_keys: set[str]) -> dict[str, Any]:
     }
 
 
+def sections() -> Iterator[tuple[str, type[Section]]]:
+    """Name and type of every section."""
+    for name in Config.model_fields:
+        yield name, type(getattr(Config(), name))
+
+
 def known_keys() -> Iterator[tuple[str, Any]]:
     """Every dotted key and its pydantic field."""
-    for section, info in Config.model_fields.items():
-        for key, field in info.annotation.model_fields.items():
-            yield f"{section}.{key}", field
+    for name, section in sections():
+        for key, field in section.model_fields.items():
+            yield f"{name}.{key}", field
 
 
 def _describe(entry: dict[str, Any]) -> str:
     dotted = ".".join(str(part) for part in entry["loc"][:2])
     if entry["type"] == "extra_forbidden":
-        candidates = [key for key, _ in known_keys()] + list(Config.model_fields)
-        by_last_part = {key.rpartition(".")[2]: key for key in candidates}
-        near = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.6) or [
-            by_last_part[name]
-            for name in difflib.get_close_matches(
-                dotted.rpartition(".")[2], list(by_last_part), n=1, cutoff=0.6
-            )
+        # By the last part alone: the name of its section would make every key in it look near.
+        section, _, name = dotted.rpartition(".")
+        known = {key.rpartition(".")[2]: key for key, _ in known_keys()}
+        own = {last: key for last, key in known.items() if section and key.startswith(f"{section}.")}
+        if not section:
+            known |= {name: name for name in Config.model_fields}
+        near = [
+            candidates[match]
+            for candidates in (own, known)
+            for match in difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
         ]
-        return f"{dotted}: unknown key" + (
-            f"; did you mean {near[0]}?" if near else "; --help lists the known ones"
-        )
+        return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists the known ones")
     return f"{dotted}: {entry['msg'][0].lower()}{entry['msg'][1:]}, got {entry['input']!r}"
 
 
@@ -315,15 +345,11 @@ def warnings_of(config: Config) -> list[str]:
     """What is allowed and probably not meant."""
     found = []
     if config.update.epochs > 4:
-        found.append(
-            f"update.epochs is {config.update.epochs}; more than 4 passes over one batch is aggressive"
-        )
+        found.append(f"update.epochs is {config.update.epochs}; more than 4 passes over one batch is aggressive")
     if config.update.max_grad_norm is None:
         found.append("update.max_grad_norm is null: gradients are not clipped")
     if config.update.clip_eps >= 1:
-        found.append(
-            f"update.clip_eps is {config.update.clip_eps}: the policy ratio is practically not clipped"
-        )
+        found.append(f"update.clip_eps is {config.update.clip_eps}: the policy ratio is practically not clipped")
     if not 0.5 <= config.rollout.temperature <= 1.5:
         found.append(
             f"rollout.temperature is {config.rollout.temperature}: low ones stop exploration, high ones raise the "
@@ -335,34 +361,30 @@ def warnings_of(config: Config) -> list[str]:
             "biased; watch rollout/kept_mass"
         )
     if config.kl.coef == 0:
-        found.append(
-            "kl.coef is 0: nothing holds the policy near the reference; set run.max_seq_kl_nats at least"
-        )
+        found.append("kl.coef is 0: nothing holds the policy near the reference; set run.max_seq_kl_nats at least")
     return found
 
 
 def help_text() -> str:
     """Every field with its type, default and meaning."""
     lines = []
-    for section, info in Config.model_fields.items():
-        lines.append(f"\n{section}:")
-        for key, field in info.annotation.model_fields.items():
+    for name, section in sections():
+        lines.append(f"\n{name}:")
+        for key, field in section.model_fields.items():
             kind = _type_name(field.annotation)
-            lines.append(f"  --{section}.{key} {kind}  [{_shown(field.default)}]\n      {field.description}")
+            lines.append(f"  --{name}.{key} {kind}  [{_shown(field.default)}]\n      {field.description}")
     return "\n".join(lines)
 
 
 def _type_name(annotation: Any) -> str:
     text = (
-        annotation.__name__
-        if isinstance(annotation, type) and not hasattr(annotation, "__args__")
-        else str(annotation)
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     )
-    arguments = getattr(annotation, "__args__", ())
+    arguments: tuple[Any, ...] = getattr(annotation, "__args__", ())
     if text.startswith("typing.Literal"):
         return "|".join(arguments)
     if text.startswith("typing.Annotated"):
-        return arguments[0].__name__
+        return str(arguments[0].__name__)
     if text.startswith("tuple["):
         return "[TEXT, ...]"
     names = [_type_name(argument) for argument in arguments if argument is not type(None)]
@@ -370,9 +392,9 @@ def _type_name(annotation: Any) -> str:
 
 
 def _shown(default: Any) -> str:
-    return yaml.safe_dump(
-        list(default) if isinstance(default, tuple) else default, default_flow_style=True
-    ).split("\n")[0]
+    return yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True).split(
+        "\n"
+    )[0]
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -381,9 +403,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or "." not in word:
-            raise UserError(
-                f"unexpected argument {word!r}; overrides are written --section.key VALUE, see --help"
-            )
+            raise UserError(f"unexpected argument {word!r}; overrides are written --section.key VALUE, see --help")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not rest:

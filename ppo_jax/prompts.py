@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,13 +29,11 @@ class Prompts:
     seed: int
 
     def indices(self, step: int, count: int) -> list[int]:
-        """Which prompts iteration `step` uses: successive windows over freshly shuffled epochs, exact over their borders."""
+        """Which prompts iteration `step` uses: windows over freshly shuffled epochs, exact over their borders."""
         size = len(self.texts)
         first, last = step * count, (step + 1) * count - 1
         epochs = range(first // size, last // size + 1)
-        order = np.concatenate(
-            [np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in epochs]
-        )
+        order = np.concatenate([np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in epochs])
         start = first - epochs[0] * size
         return order[start : start + count].tolist()
 
@@ -107,14 +106,13 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
     if not tokenizer.chat_template:
         raise UserError("prompts.chat_template is true, but the tokenizer has no chat template")
     message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    tokens: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    return tokens
 
 
 def _read_texts(config: PromptsConfig) -> list[str]:
     if config.path == EMBEDDED:
-        lines = (
-            (resources.files("ppo_jax") / "assets" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        )
+        lines = (resources.files("ppo_jax") / "assets" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["prompt"] for line in lines]
     # Imported here: it takes a second, and the embedded prompts do not need it.
     import datasets
@@ -125,12 +123,8 @@ def _read_texts(config: PromptsConfig) -> list[str]:
         if file.is_file():
             loader = LOADERS.get(file.suffix)
             if loader is None:
-                raise UserError(
-                    f"prompts.path: {file} ends in {file.suffix!r}; expected one of {', '.join(LOADERS)}"
-                )
-            with (
-                tempfile.TemporaryDirectory() as cache
-            ):  # the file may change between runs: nothing is cached
+                raise UserError(f"prompts.path: {file} ends in {file.suffix!r}; expected one of {', '.join(LOADERS)}")
+            with tempfile.TemporaryDirectory() as cache:  # the file may change between runs: nothing is cached
                 rows = datasets.load_dataset(
                     loader, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
                 )
@@ -140,15 +134,11 @@ def _read_texts(config: PromptsConfig) -> list[str]:
             rows = datasets.load_dataset(config.path, split=config.split)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets raises its own types, those of pyarrow, of pandas and of the hub's client
+    except Exception as error:  # datasets raises its own types, those of pyarrow, of pandas and of the hub's client
         raise UserError(_unreadable(config, file, error)) from error
     field = "text" if file.suffix == ".txt" else config.field
     if field not in rows.column_names:
-        raise UserError(
-            f"prompts.field: {config.path} has no column {field!r}; it has {', '.join(rows.column_names)}"
-        )
+        raise UserError(f"prompts.field: {config.path} has no column {field!r}; it has {', '.join(rows.column_names)}")
     return list(rows[field])
 
 

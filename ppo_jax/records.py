@@ -34,9 +34,7 @@ class Rollout:
     prompt_mask: Bool[Array, "B P"]
     response_tokens: Int[Array, "B T"]  # 0 behind the end of an answer
     response_mask: Bool[Array, "B T"]  # True on response tokens, the EOS included
-    behaviour_logprobs: Float[
-        Array, "B T"
-    ]  # nats; full temperature-scaled policy, as the sampler computed it
+    behaviour_logprobs: Float[Array, "B T"]  # nats; full temperature-scaled policy, as the sampler computed it
     kept_mass: Float[Array, "B T"]  # probability that top-k, top-p and a banned EOS left over
     finish_reason: Int[Array, " B"]  # TRUNCATED, EOS or STOP_STRING
     group_id: Int[Array, " B"]  # index of the prompt in its batch; answers to one prompt share it

@@ -4,7 +4,7 @@ One compiled call per (batch, prompt bucket): the loop ends when every row has e
 before that. The log-probs kept here are those of the full temperature-scaled policy, whatever the sampler cut away.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -105,9 +105,9 @@ def generate(
             {"params": params},
             jax.lax.dynamic_slice_in_dim(progress.tokens, last, 1, axis=1),
             (prompt_lengths + last)[:, None],
-            jnp.concatenate(
-                [prompt_mask, jnp.broadcast_to(jnp.arange(max_new) <= last, (batch, max_new))], axis=1
-            )[:, None],
+            jnp.concatenate([prompt_mask, jnp.broadcast_to(jnp.arange(max_new) <= last, (batch, max_new))], axis=1)[
+                :, None
+            ],
             cache,
             length + last,
         )
@@ -161,9 +161,7 @@ def _write_token(
         top_p=sampling.top_p,
         top_k=sampling.top_k,
     )
-    tokens = inverse_cdf(jax.lax.dynamic_index_in_dim(uniforms, t, axis=1, keepdims=False), weights).astype(
-        jnp.int32
-    )
+    tokens = inverse_cdf(jax.lax.dynamic_index_in_dim(uniforms, t, axis=1, keepdims=False), weights).astype(jnp.int32)
     log_probs = log_distribution(logits, temperature=sampling.temperature)
     chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
     kept = jnp.sum(jnp.where(weights > 0, jnp.exp(log_probs), jnp.zeros((), log_probs.dtype)), axis=1)
@@ -180,7 +178,8 @@ def _write_token(
         column = jnp.where(running, value, jnp.zeros((), value.dtype)).astype(array.dtype)
         return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], t, axis=1)
 
-    return progress.replace(
+    return replace(
+        progress,
         t=t + 1,
         tokens=put(progress.tokens, tokens),
         mask=put(progress.mask, running),
@@ -194,9 +193,10 @@ def _write_token(
 
 def crop(rollout: Rollout, length: int) -> Rollout:
     """The same answers with the response axis cut to `length`, which no answer exceeds."""
-    return rollout.replace(
+    return replace(
+        rollout,
         **{
             name: getattr(rollout, name)[:, :length]
             for name in ("response_tokens", "response_mask", "behaviour_logprobs", "kept_mass")
-        }
+        },
     )

@@ -40,10 +40,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str
     )
 
 
-def stop_table(
-    stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> np.ndarray:
-    """int32 [strings, states, V]: see `rollout.Endings`. Shorter strings start at a later state, so all end in the last.
+def stop_table(stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+    """int32 [strings, states, V], see `rollout.Endings`: all strings end in the last state, whatever their length.
 
     Without stop strings the table is empty, [0, 1, V].
     """

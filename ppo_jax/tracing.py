@@ -18,8 +18,11 @@ def note_compilation(name: str, **shape: int) -> None:
 
 
 def bucket(length: int, *, smallest: int, largest: int) -> int:
-    """Smallest power of two that holds `length`, within [smallest, largest]: a run meets a handful of shapes."""
+    """Smallest of `smallest` · 1, 1.5, 2, 3, 4, 6, 8 ... that holds `length`, at most `largest`.
+
+    A run meets a handful of shapes, and pads by a half at most.
+    """
     size = smallest
     while size < length:
-        size *= 2
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, largest)

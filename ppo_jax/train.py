@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -109,7 +108,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
 
 
 def answer(run: Run, state: TrainState, prompts: PromptBatch, purpose: Purpose, *, step: int) -> Rollout:
-    """Answers to a batch of prompts, cropped to the bucket of the longest; noise is a function of (seed, step, purpose)."""
+    """Answers to a batch of prompts, cropped to the bucket of the longest; its noise depends on step and purpose."""
     config = run.config.rollout
     per_prompt = config.answers_per_prompt if purpose == Purpose.ROLLOUT else 1
     key = purpose_key(run.config.run.seed, step, purpose)
@@ -176,11 +175,10 @@ def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str |
     """Why the run should end after this iteration, or None."""
     limits = run.config.run
     if numbers["update/skipped_steps"] > 0:
-        return (
-            "a loss or gradient was not finite; that step was skipped and the parameters are those before it"
-        )
+        return "a loss or gradient was not finite; that step was skipped and the parameters are those before it"
     if limits.max_seq_kl_nats is not None and numbers["kl/seq_nats"] > limits.max_seq_kl_nats:
-        return f"KL budget: {numbers['kl/seq_nats']:.3f} nats per sequence, run.max_seq_kl_nats is {limits.max_seq_kl_nats}"
+        kl = numbers["kl/seq_nats"]
+        return f"KL budget: {kl:.3f} nats per sequence, run.max_seq_kl_nats is {limits.max_seq_kl_nats}"
     if limits.max_wall_clock_s is not None and clock.total_s() > limits.max_wall_clock_s:
         return f"time limit: {clock.total_s():.0f} s, run.max_wall_clock_s is {limits.max_wall_clock_s}"
     return None

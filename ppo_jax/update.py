@@ -7,6 +7,7 @@ step add up: sums of losses, sums of gradients, one clipping, one AdamW step.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +60,16 @@ def learning_rate(
 
 def make_optimizer(update: UpdateConfig, total_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with decay on matrices only."""
-    schedule = partial(
-        learning_rate,
-        peak=update.learning_rate,
-        schedule=update.schedule,
-        warmup_steps=update.warmup_steps,
-        total_steps=total_steps,
-    )
+
+    def schedule(count: Any) -> Array:
+        return learning_rate(
+            count,
+            peak=update.learning_rate,
+            schedule=update.schedule,
+            warmup_steps=update.warmup_steps,
+            total_steps=total_steps,
+        )
+
     adamw = optax.adamw(
         schedule,
         b1=update.adam_b1,
@@ -141,9 +145,7 @@ def loss_and_gradients(
     )
 
     def evaluate(micro_batch):
-        (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(
-            params, *micro_batch, objective
-        )
+        (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(params, *micro_batch, objective)
         return loss, stats, gradients
 
     def accumulate(total, micro_batch):
@@ -227,7 +229,7 @@ def update(
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
     """One iteration's numbers: means over its optimizer steps, maxima of maxima, sums of counts and of changes."""
-    summary = {}
+    summary: dict[str, float] = {}
     for name in steps[0]:
         values = [step[name] for step in steps]
         if name.endswith("_max"):

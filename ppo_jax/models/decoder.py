@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.ops.logprobs import wide_dtype
 
-Params = dict[str, Any]
+Params = Any  # nested dictionaries of arrays
 Cache = tuple[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]], ...]
 
 ACTIVATIONS = {
@@ -74,9 +74,7 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(wide_dtype(x.dtype))
 
 
-def rotate(
-    x: Float[Array, "B S N H"], positions: Int[Array, "B S"], rope: RopeSpec
-) -> Float[Array, "B S N H"]:
+def rotate(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], rope: RopeSpec) -> Float[Array, "B S N H"]:
     """Rotary embedding in the half-split layout: channel i is paired with channel i + H/2."""
     wide = at_least_float32(x)
     frequencies = jnp.asarray(rope.inverse_frequencies, wide.dtype)
@@ -137,11 +135,7 @@ class Linear(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         out = x @ kernel
-        return (
-            out + self.param("bias", nn.initializers.zeros, (self.features,))[None, None]
-            if self.bias
-            else out
-        )
+        return out + self.param("bias", nn.initializers.zeros, (self.features,))[None, None] if self.bias else out
 
 
 class Attention(nn.Module):
@@ -302,9 +296,7 @@ def response_hidden(
     return hidden[:, prompt_length - 1 : -1]
 
 
-def head_logits(
-    params: Params, hidden: Float[Array, "*rows D"], *, spec: DecoderSpec
-) -> Float[Array, "*rows V"]:
+def head_logits(params: Params, hidden: Float[Array, "*rows D"], *, spec: DecoderSpec) -> Float[Array, "*rows V"]:
     """Logits of hidden states, accumulated in float32 at least. A tied head is the embedding itself, not a copy."""
     wide = wide_dtype(hidden.dtype)
     if spec.tied_head:

@@ -17,13 +17,15 @@ from ppo_jax.models.decoder import DecoderSpec, LayerSpec, RopeSpec, rope_freque
 
 # Fields that name, describe, initialise or drive generation, but change no logit (dropout is off everywhere).
 HARMLESS = frozenset(
-    "model_type architectures transformers_version torch_dtype dtype _name_or_path name_or_path use_cache "
-    "pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id unk_token_id "
-    "initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp "
-    "id2label label2id problem_type return_dict output_attentions output_hidden_states is_encoder_decoder "
-    "chunk_size_feed_forward n_ctx task_specific_params summary_type summary_use_proj summary_activation "
-    "summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn gradient_checkpointing "
-    "is_llama_config rope_interleaved transformers.js_config".split()
+    """
+    model_type architectures transformers_version torch_dtype dtype _name_or_path name_or_path use_cache
+    pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id unk_token_id
+    initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp
+    id2label label2id problem_type return_dict output_attentions output_hidden_states is_encoder_decoder
+    chunk_size_feed_forward n_ctx task_specific_params summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn gradient_checkpointing
+    is_llama_config rope_interleaved transformers.js_config
+    """.split()  # noqa: SIM905, a list of this length reads better as a paragraph
 )
 
 ACTIVATION_NAMES = {
@@ -49,9 +51,7 @@ class _Fields:
 
     def activation(self, name: str) -> str:
         if self[name] not in ACTIVATION_NAMES:
-            raise UserError(
-                f"config.json: {name} is {self[name]!r}; supported are {', '.join(ACTIVATION_NAMES)}"
-            )
+            raise UserError(f"config.json: {name} is {self[name]!r}; supported are {', '.join(ACTIVATION_NAMES)}")
         return ACTIVATION_NAMES[self[name]]
 
     def refuse_leftovers(self, ignored: tuple[str, ...]) -> None:
@@ -120,9 +120,7 @@ def _rope(parameters: dict[str, Any], head_dim: int) -> RopeSpec:
     elif kind == "llama3":
         frequencies = _llama3_frequencies(frequencies, parameters)
     elif kind != "default":
-        raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; supported are default, linear, llama3"
-        )
+        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are default, linear, llama3")
     return RopeSpec(tuple(frequencies.tolist()))
 
 
@@ -163,9 +161,7 @@ def _gpt2_spec(fields: _Fields) -> DecoderSpec:
 
 def _linear(name: str, param: str) -> tuple[Tensor, Tensor]:
     """A torch Linear, stored (out, in), and its bias."""
-    return Tensor(f"{name}.weight", (f"{param}/kernel",), transpose=True), Tensor(
-        f"{name}.bias", (f"{param}/bias",)
-    )
+    return Tensor(f"{name}.weight", (f"{param}/kernel",), transpose=True), Tensor(f"{name}.bias", (f"{param}/bias",))
 
 
 def _conv1d(name: str, *params: str) -> tuple[Tensor, Tensor]:

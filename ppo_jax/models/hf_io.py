@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,7 @@ def resolve_directory(path_or_id: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(
-                path_or_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-            )
+            snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
@@ -66,13 +65,9 @@ def load_config(directory: Path) -> PretrainedConfig:
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if "auto_map" in raw:
-        raise UserError(
-            f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory"
-        )
+        raise UserError(f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory")
     if "quantization_config" in raw:
-        raise UserError(
-            f"{file} describes a quantised model; PPO needs the full weights (bf16, fp16 or fp32)"
-        )
+        raise UserError(f"{file} describes a quantised model; PPO needs the full weights (bf16, fp16 or fp32)")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -83,23 +78,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"{directory} holds no tokenizer that can be read: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{directory} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
 
 
 def open_model(path_or_id: str, *, ignored_config_fields: tuple[str, ...] = ()) -> ModelDirectory:
     """Everything about a model directory or hub id but its weights, which `load_params` reads."""
     path = resolve_directory(path_or_id)
     config = load_config(path)
-    return ModelDirectory(
-        path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path)
-    )
+    return ModelDirectory(path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path))
 
 
 def load_params(directory: Path, config: PretrainedConfig, spec: DecoderSpec, *, dtype=jnp.float32) -> Params:
     """Weights of a directory, or an error that lists every missing, unexpected and misshapen tensor."""
-    shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(abstract_params(spec)).items()}
+    shapes = {path: leaf.shape for path, leaf in _by_path(abstract_params(spec)).items()}
     files = _tensor_files(directory)
     prefix = family_of(config).prefix
     # A checkpoint of the bare trunk (the hub's gpt2) leaves out the prefix.
@@ -124,17 +115,11 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     elif single.is_file():
         files = dict.fromkeys(_tensor_names(single), single)
     else:
-        pickles = [
-            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)
-        ]
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
         found = (
-            f"found {', '.join(sorted(pickles))}, pickle files, which can run code when loaded"
-            if pickles
-            else "none"
+            f"found {', '.join(sorted(pickles))}, pickle files, which can run code when loaded" if pickles else "none"
         )
-        raise UserError(
-            f"{directory} holds no model.safetensors ({found}); convert the weights to safetensors first"
-        )
+        raise UserError(f"{directory} holds no model.safetensors ({found}); convert the weights to safetensors first")
     outside = [str(f) for f in set(files.values()) if f.parent != directory or not f.is_file()]
     if outside:
         raise UserError(f"{index} names files that are not in {directory}: {', '.join(sorted(outside))}")
@@ -167,9 +152,7 @@ def _listing(names: list[str], most: int = 12) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _split_tensor(
-    row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], dtype
-) -> Iterator[tuple[str, jax.Array]]:
+def _split_tensor(row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], dtype) -> Iterator[tuple[str, jax.Array]]:
     value = stored.T if row.transpose else stored
     widths = [shapes[path][-1] for path in row.params]
     expected = (*shapes[row.params[0]][:-1], sum(widths))
@@ -182,11 +165,14 @@ def _split_tensor(
         yield path, jnp.asarray(part, dtype)
 
 
-def export_tensors(
-    config: PretrainedConfig, spec: DecoderSpec, params: Params, dtype
-) -> dict[str, np.ndarray]:
+def _by_path(params: Params) -> dict[str, Any]:
+    """Leaves under paths such as `layer_0/attn/q/kernel`."""
+    return {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
+
+
+def export_tensors(config: PretrainedConfig, spec: DecoderSpec, params: Params, dtype) -> dict[str, np.ndarray]:
     """Parameters under their Hugging Face names and layouts; a tied head is the embedding and is not written twice."""
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
+    flat = _by_path(params)
     tensors = {}
     for row in tensors_of(config, spec, set(flat)):
         joined = np.concatenate([np.asarray(flat[path].astype(dtype)) for path in row.params], axis=-1)

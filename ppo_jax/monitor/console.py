@@ -52,9 +52,7 @@ class View:
             TimeRemainingColumn(),
         )
         self._task = self._progress.add_task("iterations", total=iterations, completed=first_step)
-        self._live = (
-            Live(self._render(), console=self._console, refresh_per_second=4) if _interactive() else None
-        )
+        self._live = Live(self._render(), console=self._console, refresh_per_second=4) if _interactive() else None
 
     def __enter__(self) -> "View":
         log.setLevel(logging.INFO)

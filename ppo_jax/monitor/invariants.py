@@ -64,6 +64,4 @@ def assert_unmoved(ref_params: Params, expected_digest: str) -> None:
     """The reference is the bottom line of PPO: it never changes."""
     found = digest(ref_params)
     if found != expected_digest:
-        raise UserError(
-            f"the reference model moved: its digest is {found}, at the start it was {expected_digest}"
-        )
+        raise UserError(f"the reference model moved: its digest is {found}, at the start it was {expected_digest}")

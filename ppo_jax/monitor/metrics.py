@@ -37,9 +37,7 @@ def experience_metrics(
         "logprob/mean": masking.masked_mean(scored.old_logprobs, mask),
         **{f"logprob/{name}": quantiles[i] for i, name in enumerate(QUANTILES)},
         "policy/entropy_nats": masking.masked_mean(scored.token_entropy, mask),
-        "rollout/logprob_gap_max": masking.masked_max(
-            jnp.abs(rollout.behaviour_logprobs - scored.old_logprobs), mask
-        ),
+        "rollout/logprob_gap_max": masking.masked_max(jnp.abs(rollout.behaviour_logprobs - scored.old_logprobs), mask),
         "rollout/kept_mass": masking.masked_mean(rollout.kept_mass, mask),
     }
 

@@ -43,9 +43,7 @@ class MetricsWriter:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    return (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    )
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def open_from(file: Path, first_step: int):
@@ -57,7 +55,7 @@ def open_from(file: Path, first_step: int):
 
 def _start_wandb(project: str, directory: Path):
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports], an optional extra
     except ImportError as error:
         raise UserError(
             "monitor.wandb_project is set, but wandb is not installed: pip install 'ppo-jax[wandb]'"

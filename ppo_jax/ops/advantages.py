@@ -7,9 +7,7 @@ from jaxtyping import Array, Bool, Float
 from ppo_jax.ops import masking
 
 
-def batch_mean_advantages(
-    token_rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
+def batch_mean_advantages(token_rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     """The article's advantage: the answer's whole reward minus the mean of the batch, on every response token.
 
         A_bt = R_b − (1/B) Σ_b' R_b',   R_b = Σ_t r_bt

@@ -19,7 +19,7 @@ class Purpose(IntEnum):
     FIXED_PROMPTS = 2
 
 
-def purpose_key(seed: int, step: int, purpose: Purpose) -> UInt32[Array, " key"]:
+def purpose_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> UInt32[Array, " key"]:
     """Key of one purpose at one iteration."""
     key = jax.random.PRNGKey(seed)
     return jax.random.fold_in(jax.random.fold_in(key, step), int(purpose))

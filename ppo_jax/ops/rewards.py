@@ -22,6 +22,6 @@ def token_rewards(
     """
     position = jnp.arange(response_mask.shape[1])[None, :]
     is_last = (position == masking.last_position(response_mask)[:, None]) & response_mask
-    return masking.zero_masked(-kl_coef * token_k1, response_mask) + masking.zero_masked(
+    return -kl_coef * masking.zero_masked(token_k1, response_mask) + masking.zero_masked(
         jnp.broadcast_to(seq_scores[:, None], token_k1.shape), is_last
     )

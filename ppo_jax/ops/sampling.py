@@ -48,9 +48,7 @@ def truncated_weights(
         probs = jnp.where(probs >= edge, probs, zero)
     if top_p < 1.0:
         target = top_p * jnp.sum(probs, axis=-1)
-        edge = _largest_threshold(
-            probs, lambda kept: jnp.sum(jnp.where(kept, probs, zero), axis=-1) >= target
-        )
+        edge = _largest_threshold(probs, lambda kept: jnp.sum(jnp.where(kept, probs, zero), axis=-1) >= target)
         edge = jnp.minimum(edge, jnp.max(probs, axis=-1, keepdims=True))
         probs = jnp.where(probs >= edge, probs, zero)
     return probs

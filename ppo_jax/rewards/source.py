@@ -6,6 +6,7 @@ import numbers
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,23 +19,21 @@ def load_function(name: str) -> RewardFunction:
     """The function that `module:function` names; modules in the current directory are found too."""
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
-        raise UserError(
-            f"reward.function: got {name!r}, expected module:function, for instance my_rewards:score"
-        )
+        raise UserError(f"reward.function: got {name!r}, expected module:function, for instance my_rewards:score")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"reward.function: module {module_name!r} could not be imported: {error}") from error
-    function = getattr(module, function_name, None)
+    function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"reward.function: {module_name!r} has no function {function_name!r}")
-    return function
+    return cast(RewardFunction, function)
 
 
 def score_answers(function: RewardFunction, prompts: list[str], answers: list[str]) -> np.ndarray:
-    """Scores [B], float32. A function that raises, or returns anything but B finite numbers, ends the run with a reason."""
+    """Scores [B], float32; a function that raises or returns anything but B finite numbers ends the run."""
     try:
         scores = function(prompts, answers)
     except Exception as error:
@@ -61,9 +60,7 @@ def audit(seq_scores: np.ndarray) -> list[str]:
     """Warnings when the scores of a batch cannot teach much: all equal, or only two values."""
     values = np.unique(seq_scores)
     if len(values) == 1:
-        return [
-            f"all {len(seq_scores)} scores are {values[0]:g}: no answer beats another, nothing can be learned"
-        ]
+        return [f"all {len(seq_scores)} scores are {values[0]:g}: no answer beats another, nothing can be learned"]
     if len(values) == 2 and len(seq_scores) > 4:
         return [f"the scores take only the values {values[0]:g} and {values[1]:g}: prefer a graded score"]
     return []

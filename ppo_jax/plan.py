@@ -1,0 +1,170 @@
+"""`--dry_run`: what a run would compile, hold in memory and roughly cost, from shapes alone; no weights are loaded."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from ppo_jax import build, rollout, scoring, update
+from ppo_jax.config import Config
+from ppo_jax.models.decoder import Params, abstract_params, parameter_count
+from ppo_jax.models.hf_io import ModelDirectory
+from ppo_jax.prompts import load_prompts
+from ppo_jax.records import Experience, Rollout
+
+GIGABYTE = 1e9
+
+
+def print_plan(config: Config) -> None:
+    """Print the plan. Everything that `build` checks before weights are loaded is checked here too."""
+    build.run_directory(config, resume=False)
+    build.load_function(config.reward.function)
+    model = build.open_model(config)
+    prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
+    build.check_tokens(config, model, prompts)
+    batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
+    longest = prompts.batch(0, len(prompts.texts)).tokens.shape[1]
+    params = abstract_params(model.spec)
+    console = Console()
+    console.print(
+        f"{model.path}: {parameter_count(params) / 1e6:.1f} M parameters, {len(prompts.texts)} prompts of up to "
+        f"{longest} tokens (padded). An iteration: {batch} answers of up to {length} tokens, "
+        f"{config.optimizer_steps_per_iteration} optimizer steps of {config.update.minibatch_size} answers, "
+        f"{config.micro_batch_size} at a time. {config.run.iterations} iterations."
+    )
+    compiled = compile_stages(config, model, params, prompt_length=longest)
+    console.print(_memory_table(config, model, params, compiled))
+    console.print(_time_table(config, params, prompt_length=longest))
+
+
+def compile_stages(config: Config, model: ModelDirectory, params: Params, *, prompt_length: int) -> dict[str, Any]:
+    """The three jitted functions of an iteration, compiled for their largest shapes without any array."""
+    batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
+    prompts = batch // config.rollout.answers_per_prompt
+    optimizer = update.make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
+    reference = abstract_params(model.spec, config.model.compute_dtype)
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    answers = Rollout(
+        prompt_tokens=array(jnp.int32, batch, prompt_length),
+        prompt_mask=array(bool, batch, prompt_length),
+        response_tokens=array(jnp.int32, batch, length),
+        response_mask=array(bool, batch, length),
+        behaviour_logprobs=array(jnp.float32, batch, length),
+        kept_mass=array(jnp.float32, batch, length),
+        finish_reason=array(jnp.int32, batch),
+        group_id=array(jnp.int32, batch),
+        policy_version=array(jnp.int32),
+    )
+    experience = Experience(
+        prompt_tokens=answers.prompt_tokens,
+        prompt_mask=answers.prompt_mask,
+        response_tokens=answers.response_tokens,
+        response_mask=answers.response_mask,
+        old_logprobs=answers.behaviour_logprobs,
+        advantages=answers.behaviour_logprobs,
+    )
+    dtype = config.model.compute_dtype
+    lowered = {
+        "rollout": rollout.generate.lower(
+            params,
+            array(jnp.int32, prompts, prompt_length),
+            array(bool, prompts, prompt_length),
+            array(jnp.float32, batch, length),
+            build.make_endings(config, model),
+            array(jnp.int32),
+            spec=model.spec,
+            sampling=build.make_sampling(config),
+            compute_dtype=dtype,
+        ),
+        "score": scoring.score.lower(
+            params,
+            reference,
+            answers,
+            spec=model.spec,
+            temperature=config.rollout.temperature,
+            compute_dtype=dtype,
+            micro_batch_size=config.micro_batch_size,
+        ),
+        "update": update.ppo_step.lower(
+            params,
+            jax.eval_shape(optimizer.init, params),
+            experience,
+            array(jnp.int32, config.update.minibatch_size),
+            optimizer=optimizer,
+            objective=build.make_objective(config, model),
+        ),
+    }
+    return {name: stage.compile() for name, stage in lowered.items()}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _memory_table(config: Config, model: ModelDirectory, params: Params, compiled: dict[str, Any]) -> Table:
+    table = Table(title=f"Memory on {jax.devices()[0].device_kind}", title_justify="left")
+    table.add_column("what")
+    table.add_column("GB", justify="right")
+    held = {
+        "policy, float32 masters": _bytes(params),
+        "two moments of AdamW, float32": 2 * _bytes(params),
+        f"reference, {config.model.compute_dtype}": _bytes(abstract_params(model.spec, config.model.compute_dtype)),
+    }
+    temporary = {f"while in {name}": stage.memory_analysis().temp_size_in_bytes for name, stage in compiled.items()}
+    for what, size in (held | temporary).items():
+        table.add_row(what, f"{size / GIGABYTE:.3f}")
+    table.add_row("peak, about", f"{(sum(held.values()) + max(temporary.values())) / GIGABYTE:.3f}", style="bold")
+    return table
+
+
+def _time_table(config: Config, params: Params, *, prompt_length: int) -> Table:
+    """Two floating-point operations per parameter and token, at the rate and bandwidth measured here and now."""
+    rate, bandwidth = _matmul_rate(config.model.compute_dtype), _copy_bandwidth()
+    count, batch, new = parameter_count(params), config.rollout.batch_size, config.rollout.max_new_tokens
+    tokens = batch * (prompt_length + new)
+    weights = count * jnp.dtype(config.model.compute_dtype).itemsize
+    seconds = {
+        "rollout": 2 * count * batch * prompt_length / rate + new * max(weights / bandwidth, 2 * count * batch / rate),
+        "score": 2 * 2 * count * tokens / rate,
+        "update": 6 * count * tokens * config.update.epochs * (4 / 3 if config.update.remat else 1) / rate,
+    }
+    table = Table(
+        title=f"Time, a lower bound at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.0f} GB/s", title_justify="left"
+    )
+    table.add_column("phase")
+    table.add_column("s per iteration", justify="right")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.2f}")
+    total = sum(seconds.values())
+    table.add_row("iteration", f"{total:.2f}", style="bold")
+    table.add_row("run", f"{total * config.run.iterations:.0f}", style="bold")
+    return table
+
+
+def _best_seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    function(*arguments).block_until_ready()
+    timings = []
+    for _ in range(3):
+        started = time.perf_counter()
+        function(*arguments).block_until_ready()
+        timings.append(time.perf_counter() - started)
+    return min(timings)
+
+
+def _matmul_rate(dtype: str) -> float:
+    size = 2048
+    x = jnp.ones((size, size), dtype)
+    return 2 * size**3 / _best_seconds(jax.jit(jnp.matmul), x, x)
+
+
+def _copy_bandwidth() -> float:
+    x = jnp.ones((2**26,), jnp.float32)
+    return 2 * x.nbytes / _best_seconds(jax.jit(lambda x: x + 1), x)
