@@ -42,10 +42,10 @@ def shape(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def main() -> None:
+def streamed_temporaries() -> tuple[int, int]:
+    """Bytes of temporaries of compiled scoring, and bytes of one float32 [B, T, V] array."""
     spec = small_trunk()
-    params = abstract_params(spec)
-    floats = shape(jnp.float32, BATCH, RESPONSE)
+    params, floats = abstract_params(spec), shape(jnp.float32, BATCH, RESPONSE)
     rollout = Rollout(
         prompt_tokens=shape(jnp.int32, BATCH, PROMPT),
         prompt_mask=shape(bool, BATCH, PROMPT),
@@ -57,20 +57,29 @@ def main() -> None:
         group_id=shape(jnp.int32, BATCH),
         policy_version=shape(jnp.int32),
     )
-    streamed = scoring.score.lower(
+    lowered = scoring.score.lower(
         params, params, rollout, spec=spec, temperature=1.0, compute_dtype="float32", micro_batch_size=BATCH
     )
+    return lowered.compile().memory_analysis().temp_size_in_bytes, BATCH * RESPONSE * VOCABULARY * 4
+
+
+def whole_temporaries() -> int:
+    """Bytes of temporaries when both heads are applied at once, the trunk not counted."""
+    spec = small_trunk()
 
     def whole(params, hidden, ref_hidden):
         logits, ref_logits = (head_logits(params, h, spec=spec) for h in (hidden, ref_hidden))
         return exact_token_kl(logits, ref_logits, temperature=1.0)
 
     hidden = shape(jnp.float32, BATCH, RESPONSE, spec.width)
-    unstreamed = jax.jit(whole).lower(params, hidden, hidden)
-    one = BATCH * RESPONSE * VOCABULARY * 4
+    lowered = jax.jit(whole).lower(abstract_params(spec), hidden, hidden)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def main() -> None:
+    streamed, one = streamed_temporaries()
     print(f"one float32 [B {BATCH}, T {RESPONSE}, V {VOCABULARY}] array: {one / 1e9:.3f} GB ({jax.devices()[0]})")
-    for name, lowered in (("streamed scoring, all of it", streamed), ("whole exact KL, head only", unstreamed)):
-        size = lowered.compile().memory_analysis().temp_size_in_bytes
+    for name, size in (("streamed scoring, all of it", streamed), ("whole exact KL, heads only", whole_temporaries())):
         print(f"{name}: {size / 1e9:.3f} GB of temporaries, {size / one:.2f} of that array")
 
 

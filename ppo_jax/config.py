@@ -283,7 +283,7 @@ def _describe(entry: dict[str, Any]) -> str:
         # By the last part alone: the name of its section would make every key in it look near.
         section, _, name = dotted.rpartition(".")
         known = {key.rpartition(".")[2]: key for key, _ in known_keys()}
-        own = {last: key for last, key in known.items() if section and key.startswith(f"{section}.")}
+        own = {key.rpartition(".")[2]: key for key, _ in known_keys() if key.startswith(f"{section}.")}
         if not section:
             known |= {name: name for name in Config.model_fields}
         near = [

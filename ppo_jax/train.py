@@ -22,6 +22,7 @@ import numpy as np
 from ppo_jax import checkpoint, rollout, scoring, update
 from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.config import warnings_of
+from ppo_jax.errors import UserError
 from ppo_jax.models.hf_io import save_model
 from ppo_jax.monitor import invariants, metrics, samples
 from ppo_jax.monitor.clock import PhaseClock
@@ -149,6 +150,7 @@ def train(run: Run, state: TrainState) -> RunResult:
             history.append({"step": step} | numbers)
             if is_due(step + 1, config.checkpoint.save_every):
                 checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
+            stop_if_not_finite(run, state, numbers)
             if reason := limit_reached(run, numbers, clock):
                 stop_reason = reason
                 break
@@ -171,11 +173,20 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def stop_if_not_finite(run: Run, state: TrainState, numbers: dict[str, Any]) -> None:
+    """A loss or gradient that is not finite ends the run; the parameters, untouched by that step, are saved."""
+    if numbers["update/skipped_steps"] > 0:
+        saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
+        raise UserError(
+            f"the loss or the gradient of {numbers['update/skipped_steps']:.0f} optimizer steps was not finite after "
+            f"iteration {int(state.step) - 1}; those steps were skipped and the state is in {saved}. Lower "
+            f"update.learning_rate, or look for extreme scores in {run.directory / 'metrics.jsonl'}"
+        )
+
+
 def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str | None:
     """Why the run should end after this iteration, or None."""
     limits = run.config.run
-    if numbers["update/skipped_steps"] > 0:
-        return "a loss or gradient was not finite; that step was skipped and the parameters are those before it"
     if limits.max_seq_kl_nats is not None and numbers["kl/seq_nats"] > limits.max_seq_kl_nats:
         kl = numbers["kl/seq_nats"]
         return f"KL budget: {kl:.3f} nats per sequence, run.max_seq_kl_nats is {limits.max_seq_kl_nats}"

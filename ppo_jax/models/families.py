@@ -24,7 +24,7 @@ HARMLESS = frozenset(
     id2label label2id problem_type return_dict output_attentions output_hidden_states is_encoder_decoder
     chunk_size_feed_forward n_ctx task_specific_params summary_type summary_use_proj summary_activation
     summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn gradient_checkpointing
-    is_llama_config rope_interleaved transformers.js_config
+    is_llama_config transformers.js_config
     """.split()  # noqa: SIM905, a list of this length reads better as a paragraph
 )
 
@@ -58,7 +58,7 @@ class _Fields:
         left = {
             name: value
             for name, value in self._values.items()
-            if name not in self._read | HARMLESS | set(ignored) and value not in (None, False)
+            if name not in self._read | HARMLESS | set(ignored) and value is not None and value is not False
         }
         if left:
             listing = ", ".join(f"{name}={value!r}" for name, value in sorted(left.items()))
@@ -112,15 +112,31 @@ def _llama_spec(fields: _Fields) -> DecoderSpec:
     )
 
 
+# What each kind of rope reads beside its type and θ; anything else in `rope_parameters` is refused.
+ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
 def _rope(parameters: dict[str, Any], head_dim: int) -> RopeSpec:
     kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_KEYS:
+        raise UserError(
+            f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}"
+        )
+    unknown = set(parameters) - ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta"}
+    if unknown:
+        raise UserError(
+            f"config.json: rope_parameters of type {kind!r} with {', '.join(sorted(unknown))} are not supported; they "
+            f"may change the mathematics, so the model is refused"
+        )
     frequencies = rope_frequencies(head_dim, parameters.get("rope_theta", 10000.0))
     if kind == "linear":
         frequencies = frequencies / parameters["factor"]
     elif kind == "llama3":
         frequencies = _llama3_frequencies(frequencies, parameters)
-    elif kind != "default":
-        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are default, linear, llama3")
     return RopeSpec(tuple(frequencies.tolist()))
 
 

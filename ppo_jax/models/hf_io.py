@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ppo_jax.errors import UserError
 from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params
-from ppo_jax.models.families import Tensor, family_of, spec_of, tensors_of
+from ppo_jax.models.families import FAMILIES, HEAD, Tensor, family_of, spec_of, tensors_of
 
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"
@@ -64,14 +65,19 @@ def load_config(directory: Path) -> PretrainedConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
-    if "auto_map" in raw:
+    if not isinstance(raw, dict) or raw.get("model_type") not in list(FAMILIES):
+        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(
+            f"{file}: model_type {found!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    if raw.get("auto_map"):
         raise UserError(f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory")
-    if "quantization_config" in raw:
+    if raw.get("quantization_config"):
         raise UserError(f"{file} describes a quantised model; PPO needs the full weights (bf16, fp16 or fp32)")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{file} could not be read: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+        raise UserError(f"{file} could not be read: {' '.join(str(error).split())}") from error
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -101,37 +107,61 @@ def load_params(directory: Path, config: PretrainedConfig, spec: DecoderSpec, *,
     params = {}
     for row in rows:
         name = file_name[row.name]
-        with safe_open(files[name], framework="np") as reader:
-            stored = reader.get_tensor(name)
-        params.update(_split_tensor(row, stored, shapes, dtype))
+        params.update(_split_tensor(row, _read_tensor(files[name], name), shapes, dtype))
+    head = HEAD.name
+    if spec.tied_head and head in files:
+        embedding = next(file_name[row.name] for row in rows if row.params == ("embed",))
+        if not np.array_equal(_read_tensor(files[head], head), _read_tensor(files[embedding], embedding)):
+            raise UserError(
+                f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {head} differs from "
+                f"{embedding}; set tie_word_embeddings to false to use it, or remove it from the file"
+            )
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor: one `model.safetensors`, or shards with an index."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        files = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    elif single.is_file():
+    if single.is_file():  # where both lie, transformers reads this one too
         files = dict.fromkeys(_tensor_names(single), single)
+    elif index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: directory / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of safetensors shards: {error!r}") from error
     else:
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]
         found = (
             f"found {', '.join(sorted(pickles))}, pickle files, which can run code when loaded" if pickles else "none"
         )
         raise UserError(f"{directory} holds no model.safetensors ({found}); convert the weights to safetensors first")
-    outside = [str(f) for f in set(files.values()) if f.parent != directory or not f.is_file()]
+    outside = [str(f) for f in set(files.values()) if not _lies_in(directory, f)]
     if outside:
-        raise UserError(f"{index} names files that are not in {directory}: {', '.join(sorted(outside))}")
+        raise UserError(f"{directory}: these weights are not files in it: {', '.join(sorted(outside))}")
     return files
+
+
+def _lies_in(directory: Path, file: Path) -> bool:
+    """Whether a file is in the directory itself, symlinks followed; the hub's cache links into its own `blobs`."""
+    homes = (directory.resolve(), directory.resolve().parent.parent / "blobs")
+    return file.parent == directory and file.is_file() and file.resolve().parent in homes
 
 
 def _tensor_names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="np") as reader:
             return list(reader.keys())
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a valid safetensors file: {error}") from error
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    try:
+        with safe_open(file, framework="np") as reader:
+            return reader.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: tensor {name} cannot be read: {error}") from error
 
 
 def _check_names(
@@ -197,6 +227,9 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     model.tokenizer.save_pretrained(partial)
     if (model.path / GENERATION_CONFIG).is_file():
         shutil.copy(model.path / GENERATION_CONFIG, partial / GENERATION_CONFIG)
+    mode = (partial / "config.json").stat().st_mode
+    for weights in partial.glob("*.safetensors"):
+        weights.chmod(mode)  # safetensors makes files that nobody else, such as a server, may read
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 

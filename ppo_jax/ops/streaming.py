@@ -24,21 +24,21 @@ def rows_per_block(vocab_size: int) -> int:
 def map_row_blocks(rowwise: Callable[..., Any], *arrays: Array, block_rows: int) -> Any:
     """`rowwise` of [n, ...] arrays, applied to [B, T, ...] arrays in blocks of `block_rows` rows; a pytree of [B, T].
 
-    The function is rematerialised in the backward pass: a gradient does not keep the blocks' temporaries either.
+    Where there are several blocks, the function is rematerialised in the backward pass: a gradient does not keep their
+    temporaries either.
     """
     batch, length = arrays[0].shape[:2]
     rows = batch * length
-    blocks = max(1, -(-rows // block_rows))
-    if blocks == 1:
-        block_rows = rows
+    blocks = -(-rows // block_rows)
 
     def split(x):
         flat = x.reshape(rows, *x.shape[2:])
         padded = jnp.pad(flat, [(0, blocks * block_rows - rows)] + [(0, 0)] * (flat.ndim - 1))
         return padded.reshape(blocks, block_rows, *flat.shape[1:])
 
-    def join(x):
-        return x.reshape(blocks * block_rows, *x.shape[2:])[:rows].reshape(batch, length, *x.shape[2:])
-
-    outputs = jax.lax.map(lambda block: jax.checkpoint(rowwise)(*block), tuple(split(x) for x in arrays))
-    return jax.tree.map(join, outputs)
+    if blocks <= 1:
+        outputs = rowwise(*(x.reshape(rows, *x.shape[2:]) for x in arrays))
+    else:
+        in_blocks = jax.lax.map(lambda block: jax.checkpoint(rowwise)(*block), tuple(split(x) for x in arrays))
+        outputs = jax.tree.map(lambda x: x.reshape(blocks * block_rows, *x.shape[2:])[:rows], in_blocks)
+    return jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), outputs)

@@ -1,0 +1,112 @@
+"""`python -m parity`: the ladder, JAX against PyTorch on shared weights; one table, exit code 1 on any failure.
+
+The gate is float64, where a bug stands 5 to 12 orders of magnitude above rounding; float32 is what ships. Each has a
+process of its own, because JAX settles at its import whether there is a float64.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+DTYPES = ("float64", "float32")
+
+
+def rows_in_this_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one dtype. What imports JAX is imported here, after its settings."""
+    os.environ["JAX_ENABLE_X64"] = str(int(arguments.dtype == "float64"))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+    import torch
+    from transformers.utils import logging
+
+    from parity.ladder import climb
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_default_matmul_precision", "float32")
+    logging.disable_progress_bar()
+    if arguments.model is None:
+        torch.set_num_threads(1)  # the random models are too small to share
+    rows = climb(arguments.dtype, levels=arguments.levels, cases=arguments.cases, model=arguments.model)
+    return [asdict(row) for row in rows]
+
+
+def rows_of_all_dtypes(words: list[str]) -> list[dict[str, Any]]:
+    """Rows of every dtype, one process each, side by side."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = {dtype: Path(directory) / f"{dtype}.json" for dtype in DTYPES}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "parity", *words, "--dtype", dtype, "--json", str(file)],
+                stdout=subprocess.DEVNULL,
+            )
+            for dtype, file in files.items()
+        ]
+        codes = [process.wait() for process in processes]
+        # 1 is a comparison that failed; a process that died wrote no rows.
+        if not set(codes) <= {0, 1} or not all(file.is_file() for file in files.values()):
+            raise SystemExit(f"a parity process died, see its message above (exit codes {codes})")
+        return [row for file in files.values() for row in json.loads(file.read_text())]
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="JAX against PyTorch, largest absolute difference over unmasked elements")
+    for column in ("level", "dtype", "model", "compared", "tensors", "worst tensor"):
+        table.add_column(column)
+    for column in ("error", "bound"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for row in rows:
+        ok = row["diverged"] is None
+        table.add_row(
+            *(str(row[key]) for key in ("level", "dtype", "case", "compared", "tensors", "worst")),
+            *(f"{row[key]:.1e}" for key in ("error", "bound")),
+            "[green]ok[/]" if ok else f"[bold red]FAIL[/] from {row['diverged']}",
+        )
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m parity", description=__doc__)
+    parser.add_argument("--levels", type=lambda text: text.split(","), help="for instance L3,L8; by default all")
+    parser.add_argument("--dtype", choices=DTYPES, help="by default each, in its own process")
+    parser.add_argument("--cases", type=lambda text: text.split(","), help="random models, by default all")
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of the random models")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    if arguments.dtype is None:
+        rows = rows_of_all_dtypes(_without_json(sys.argv[1:]))
+    else:
+        rows = rows_in_this_process(arguments)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    failed = [row for row in rows if row["diverged"] is not None]
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table_of(rows))
+    if failed:
+        first = failed[0]
+        console.print(
+            f"{len(failed)} of {len(rows)} comparisons failed; the first: {first['level']} {first['dtype']} "
+            f"{first['case']}, {first['compared']}: {first['diverged']}"
+        )
+    else:
+        console.print(f"all {len(rows)} comparisons hold")
+    return 1 if failed else 0
+
+
+def _without_json(words: list[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json")
+    return parser.parse_known_args(words)[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a comparison is: the largest absolute difference, elementwise over unmasked elements, against a bound."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Named = dict[str, np.ndarray]
+
+BOUNDS = {
+    "L0": {"float64": 0.0, "float32": 0.0},
+    "L3": {"float64": 1e-11, "float32": 2e-5},
+    "L4": {"float64": 1e-11, "float32": 2e-5},
+    "L5": {"float64": 1e-12, "float32": 1e-5},
+    "L6": {"float64": 1e-12, "float32": 1e-5},
+    "L7": {"float64": 1e-12, "float32": 2e-6},
+    "L8": {"float64": 1e-11, "float32": 1e-5},
+    "L9": {"float64": 1e-12, "float32": 1e-5},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the worst of some tensors, and the first of them beyond the bound."""
+
+    level: str
+    dtype: str
+    case: str
+    compared: str
+    tensors: int
+    worst: str
+    error: float
+    bound: float
+    diverged: str | None
+
+
+def compare(
+    level: str,
+    dtype: str,
+    case: str,
+    compared: str,
+    ours: Named,
+    theirs: Named,
+    *,
+    scale: float = 1.0,
+    bound: float | None = None,
+) -> Row:
+    """Row of tensors by name, in the order of `ours`; the bound is `scale` times that of the level, unless given.
+
+    NaN on either side, different shapes and a name that one side lacks are beyond any bound.
+    """
+    bound = scale * BOUNDS[level][dtype] if bound is None else bound
+    errors = {name: max_difference(ours.get(name), theirs.get(name)) for name in ours | theirs}
+    worst = max(errors, key=lambda name: errors[name])
+    diverged = next((name for name, error in errors.items() if error > bound), None)
+    return Row(level, dtype, case, compared, len(errors), worst, errors[worst], bound, diverged)
+
+
+def max_difference(x: np.ndarray | None, y: np.ndarray | None) -> float:
+    """Largest |x − y|; inf where they cannot be compared. Equal infinities are equal."""
+    if x is None or y is None or x.shape != y.shape or x.size == 0:
+        return np.inf
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(x == y, 0.0, np.abs(x - y))
+    return float(np.nan_to_num(difference, nan=np.inf).max())
+
+
+def numpy_of(x: Any) -> np.ndarray:
+    """A tensor of either stack, copied to the host."""
+    return np.array(x.detach() if isinstance(x, torch.Tensor) else x)
+
+
+def named(tensors: dict[str, Any]) -> Named:
+    return {name: numpy_of(x) for name, x in tensors.items()}

@@ -1,0 +1,111 @@
+"""One model case loaded by both stacks, and the same inputs for both.
+
+Weights, gradients and moments are compared under the Hugging Face names of the tensors, in their layout.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from parity.cases import Answers, ModelCase
+from parity.rows import Named
+from ppo_jax import records
+from ppo_jax.models import hf_io
+from ppo_jax.models.decoder import DecoderSpec, head_logits, hidden_states
+from ppo_jax.models.families import spec_of
+from ppo_torch_ref import rollout as torch_rollout
+from ppo_torch_ref.model import load_model
+
+
+def in_both(dtype: str, inputs: Iterable[np.ndarray]) -> tuple[list[jax.Array], list[torch.Tensor]]:
+    """The same arrays in both stacks: floats in `dtype`, integers and masks as they are."""
+    arrays = [x.astype(dtype) if x.dtype.kind == "f" else x for x in inputs]
+    return [jnp.asarray(x) for x in arrays], [torch.from_numpy(x) for x in arrays]
+
+
+# Compared by identity: what is cached for a pair never serves another one.
+@dataclass(eq=False)
+class Pair:
+    """Policy and reference of one case in both stacks, all parameters in one dtype."""
+
+    case: ModelCase
+    dtype: str
+
+    @cached_property
+    def config(self) -> Any:
+        return hf_io.load_config(self.case.directory)
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        return spec_of(self.config)
+
+    @cached_property
+    def params(self) -> Any:
+        return hf_io.load_params(self.case.directory, self.config, self.spec, dtype=jnp.dtype(self.dtype))
+
+    @cached_property
+    def ref_params(self) -> Any:
+        return hf_io.load_params(self.case.ref_directory, self.config, self.spec, dtype=jnp.dtype(self.dtype))
+
+    def new_model(self) -> torch.nn.Module:
+        """A policy of the twin that may be trained."""
+        return load_model(self.case.directory, dtype=getattr(torch, self.dtype))
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        return self.new_model()
+
+    @cached_property
+    def ref_model(self) -> torch.nn.Module:
+        return load_model(self.case.ref_directory, dtype=getattr(torch, self.dtype))
+
+    def file_tensors(self) -> Named:
+        """What the files of the case hold, cast; a second copy of a tied head is not a weight."""
+        stored: Named = {}
+        for file in sorted(self.case.directory.glob("*.safetensors")):
+            stored.update(load_file(file))
+        if self.spec.tied_head:
+            stored.pop("lm_head.weight", None)
+        return {name: x.astype(self.dtype) for name, x in stored.items()}
+
+    def jax_named(self, tree: Any) -> Named:
+        """A tree shaped like the parameters (weights, gradients, moments) under its Hugging Face names."""
+        return hf_io.export_tensors(self.config, self.spec, tree, jnp.dtype(self.dtype))
+
+    def jax_logits(self, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
+        return _logits(self.params, jnp.asarray(tokens), jnp.asarray(mask), spec=self.spec)
+
+    def rollouts(self, answers: Answers) -> tuple[records.Rollout, torch_rollout.Rollout]:
+        """The answers as rollouts; fields that scoring does not read are zeros."""
+        sequences = (answers.prompt_tokens, answers.prompt_mask, answers.response_tokens, answers.response_mask)
+        per_token = np.zeros(answers.response_mask.shape)
+        per_answer = np.zeros(len(answers.response_mask), np.int32)
+        arrays, tensors = in_both(self.dtype, (*sequences, per_token, per_token, per_answer))
+        ours = records.Rollout(*arrays, group_id=arrays[-1], policy_version=jnp.zeros((), jnp.int32))
+        return ours, torch_rollout.Rollout(*tensors)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _logits(params: Any, tokens: jax.Array, mask: jax.Array, *, spec: DecoderSpec) -> jax.Array:
+    return head_logits(params, hidden_states(params, tokens, mask, spec=spec), spec=spec)
+
+
+def split_key_bias(tensors: Named) -> tuple[Named, Named]:
+    """(tensors, those whose gradient is zero in theory): GPT-2's key biases, which shift all scores of a query alike.
+
+    Under rotary positions a key bias turns with its key's position, so there its gradient is an ordinary one.
+    """
+    ordinary, zero_in_theory = {}, {}
+    for name, x in tensors.items():
+        if not name.endswith("attn.c_attn.bias"):
+            ordinary[name] = x
+            continue
+        ordinary[f"{name}[q]"], zero_in_theory[f"{name}[k]"], ordinary[f"{name}[v]"] = np.split(x, 3)
+    return ordinary, zero_in_theory

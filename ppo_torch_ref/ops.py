@@ -1,0 +1,240 @@
+"""The mathematics of PPO on tensors; the twin of `ppo_jax/ops`, in the order of its files.
+
+Axes: B answers, T response tokens (right-padded), V vocabulary. Masks are True on what counts, masked positions hold 0.
+Log-probs, entropies and KLs are in nats, of the full softmax at the sampling temperature, in float32 at least.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# --- masking: replaced before use, so that not even a masked NaN reaches a value or a gradient ---
+
+
+def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where the mask is True, 0 elsewhere."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_sum(x: Tensor, mask: Tensor, *, axis: int | None = None) -> Tensor:
+    """Sum of the unmasked elements, 0 where there are none."""
+    return torch.sum(zero_masked(x, mask), dim=axis)
+
+
+def masked_count(mask: Tensor, *, axis: int | None = None, dtype=torch.float32) -> Tensor:
+    """Number of unmasked elements, as a float of `dtype` so that it can divide."""
+    return torch.sum(mask, dim=axis, dtype=dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, axis: int | None = None) -> Tensor:
+    """Mean of the unmasked elements, 0 where there are none."""
+    return masked_sum(x, mask, axis=axis) / masked_count(mask, axis=axis, dtype=x.dtype).clamp(min=1)
+
+
+def masked_center(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` minus its masked mean; a reference element goes first, so that large equal numbers give exactly 0."""
+    first = torch.argmax(mask.flatten().int())
+    shifted = zero_masked(x - x.flatten()[first], mask)
+    return zero_masked(shifted - masked_mean(shifted, mask), mask)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance (ddof 0) of the unmasked elements."""
+    return masked_mean(masked_center(x, mask) ** 2, mask)
+
+
+def masked_max(x: Tensor, mask: Tensor) -> Tensor:
+    """Largest unmasked element, -inf when there is none."""
+    return torch.max(x.masked_fill(~mask, -torch.inf))
+
+
+def masked_quantiles(x: Tensor, mask: Tensor, probabilities: Sequence[float]) -> Tensor:
+    """Linearly interpolated quantiles of the unmasked elements, NaN when there are none."""
+    return torch.nanquantile(
+        x.masked_fill(~mask, torch.nan), torch.tensor(probabilities, dtype=x.dtype, device=x.device)
+    )
+
+
+def last_position(mask: Tensor) -> Tensor:
+    """Index of the last True of every row (T - 1 for a row without one)."""
+    return mask.shape[1] - 1 - torch.argmax(mask.flip(1).int(), dim=1)
+
+
+# --- log-probs: `logits[..., t, :]` predicts `tokens[..., t]` ---
+
+
+def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) in float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide / temperature, dim=-1)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """log π(a_t | s_t) of each given token."""
+    log_probs = log_distribution(logits, temperature=temperature)
+    return log_probs.gather(-1, tokens.long()[..., None])[..., 0]
+
+
+def entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    """H(π) = −Σ_v π(v) log π(v); a token of probability 0 adds 0."""
+    log_probs = log_distribution(logits, temperature=temperature)
+    probs = torch.exp(log_probs)
+    return -torch.sum(probs * log_probs.masked_fill(probs == 0, 0.0), dim=-1)
+
+
+# --- KL: exact over the vocabulary, or estimated from the sampled token ---
+
+
+def _expm1_minus(log_ratio: Tensor) -> Tensor:
+    return torch.clamp(torch.expm1(-log_ratio) + log_ratio, min=0)
+
+
+def exact_token_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float) -> Tensor:
+    """KL(π ‖ ρ) = Σ_v π (exp(−d) − 1 + d), d = log π − log ρ: no summand is negative, unlike those of Σ π d."""
+    log_p = log_distribution(logits, temperature=temperature)
+    log_q = log_distribution(ref_logits, temperature=temperature)
+    p, q = torch.exp(log_p), torch.exp(log_q)
+    d = torch.where(p > 0, log_p - log_q, torch.zeros_like(p))
+    near = d.abs() < 1  # expm1 overflows for ρ ≫ π; there the same summand is ρ − π + π d
+    summand = torch.where(near, p * _expm1_minus(d.masked_fill(~near, 0.0)), q - p + p * d)
+    return torch.sum(torch.where(p > 0, summand, q), dim=-1)
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log π(a) − log ρ(a): the form that may be subtracted from a reward."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """½ (log π(a) − log ρ(a))²."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """ρ(a)/π(a) − 1 − log(ρ(a)/π(a)): never negative."""
+    return _expm1_minus(logprobs - ref_logprobs)
+
+
+def future_kl(token_kl: Tensor, response_mask: Tensor) -> Tensor:
+    """F_t = Σ_{t' > t} m_t' KL_t'."""
+    later = torch.zeros_like(token_kl)
+    for t in range(token_kl.shape[1] - 2, -1, -1):
+        later[:, t] = later[:, t + 1] + zero_masked(token_kl, response_mask)[:, t + 1]
+    return zero_masked(later, response_mask)
+
+
+# --- rewards and advantages ---
+
+
+def token_rewards(seq_scores: Tensor, token_k1: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
+    """r_t = −β k1_t on every response token, plus the score on the last one."""
+    position = torch.arange(response_mask.shape[1], device=response_mask.device)
+    is_last = (position == last_position(response_mask)[:, None]) & response_mask
+    return zero_masked(-kl_coef * token_k1, response_mask) + zero_masked(seq_scores[:, None], is_last)
+
+
+def batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """A_bt = R_b − (1/B) Σ_b' R_b' with R_b = Σ_t r_bt; rows without a response token are left out."""
+    seq_rewards = masked_sum(token_rewards, response_mask, axis=1)
+    return zero_masked(masked_center(seq_rewards, response_mask.any(dim=1))[:, None], response_mask)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x − mean) / sqrt(var + 1e-8) over the unmasked elements, population variance."""
+    return masked_center(x, mask) / torch.sqrt(masked_var(x, mask) + 1e-8)
+
+
+def gae_advantages(
+    token_rewards: Tensor, values: Tensor, response_mask: Tensor, *, discount: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) with δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γ λ A_{t+1}; V = 0 behind the answer."""
+    rewards, values = zero_masked(token_rewards, response_mask), zero_masked(values, response_mask)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        td_error = rewards[:, t] + discount * next_value - values[:, t]
+        next_value, next_advantage = values[:, t], td_error + discount * gae_lambda * next_advantage
+        advantages[:, t] = next_advantage
+    return zero_masked(advantages, response_mask), zero_masked(advantages + values, response_mask)
+
+
+# --- losses: per token and unreduced; weights of the whole minibatch reduce them ---
+
+
+def clipped_policy_loss(
+    policy_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_eps: float
+) -> Tensor:
+    """ℓ_t = −min(r_t A_t, clip(r_t, 1 − ε, 1 + ε) A_t), r_t = exp(log π_θ − log π_old)."""
+    ratio = torch.exp(policy_logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps) * advantages)
+
+
+def clipping_acts(policy_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_eps: float) -> Tensor:
+    """Where the clipped branch is the smaller one, so that the token's gradient is 0."""
+    ratio = torch.exp(policy_logprobs - old_logprobs)
+    return ((advantages > 0) & (ratio > 1.0 + clip_eps)) | ((advantages < 0) & (ratio < 1.0 - clip_eps))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_eps: float) -> Tensor:
+    """ℓ_t = ½ max((V − R)², (clip(V, V_old ± ε) − R)²)."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2)
+
+
+def weighted_sum(token_losses: Tensor, weights: Tensor) -> Tensor:
+    """Σ_bt w_bt ℓ_bt; tokens of weight 0 touch neither the value nor the gradient."""
+    return torch.sum(weights * zero_masked(token_losses, weights != 0))
+
+
+def constant_weights(response_mask: Tensor, *, max_response_tokens: int, dtype=torch.float32) -> Tensor:
+    """w = m / (B · max_response_tokens)."""
+    return response_mask.to(dtype) / (response_mask.shape[0] * max_response_tokens)
+
+
+def token_mean_weights(response_mask: Tensor, *, dtype=torch.float32) -> Tensor:
+    """w = m / Σ m."""
+    return response_mask.to(dtype) / masked_count(response_mask, dtype=dtype).clamp(min=1)
+
+
+def sequence_mean_weights(response_mask: Tensor, *, dtype=torch.float32) -> Tensor:
+    """w = m / (length_b · number of answers)."""
+    lengths = masked_count(response_mask, axis=1, dtype=dtype)
+    answers = torch.sum(lengths > 0, dtype=dtype)
+    return response_mask.to(dtype) / lengths.clamp(min=1)[:, None] / answers.clamp(min=1)
+
+
+# --- sampling: temperature, then top-k, then top-p, each renormalised ---
+
+
+def truncated_weights(logits: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """softmax(logits / τ) with everything outside top-k and then top-p set to 0; a row's sum is its kept mass."""
+    probs = torch.exp(log_distribution(logits, temperature=temperature))
+    if top_k > 0:
+        edge = probs.topk(min(top_k, probs.shape[-1]), dim=-1).values[:, -1:]
+        probs = zero_masked(probs, probs >= edge)
+    if top_p < 1.0:
+        descending = probs.sort(dim=-1, descending=True).values
+        reached = descending.cumsum(-1) >= top_p * probs.sum(-1, keepdim=True)
+        reached[:, -1] = True  # rounding may leave the whole sum a hair under the target
+        edge = descending.gather(-1, reached.int().argmax(-1, keepdim=True))
+        probs = zero_masked(probs, probs >= edge)
+    return probs
+
+
+def inverse_cdf(uniforms: Tensor, weights: Tensor) -> Tensor:
+    """Token whose interval of the cumulative weights holds `uniform * Σ weights`; never one of weight 0.
+
+    Summed in float64: a float32 cumulative sum over a large vocabulary is not even monotone.
+    """
+    cumulative = weights.double().cumsum(-1)
+    index = torch.sum(cumulative <= uniforms.double()[:, None] * cumulative[:, -1:], dim=-1)
+    last_positive = weights.shape[1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
+    return torch.minimum(index, last_positive)
+
+
+def sample_tokens(
+    uniforms: Tensor, logits: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> Tensor:
+    """One token per row, a deterministic function of the row's own uniform in [0, 1) and its own logits."""
+    return inverse_cdf(uniforms, truncated_weights(logits, temperature=temperature, top_p=top_p, top_k=top_k))

@@ -1,0 +1,200 @@
+"""The decoder against transformers in float32, and against itself: padding, cache and masks change nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.conftest import MODELS
+
+from ppo_jax.models import decoder, hf_io
+from ppo_jax.models.decoder import Decoder, head_logits, hidden_states, positions_from_mask, response_hidden
+
+LONG, SHORT = 270, 9
+
+
+@pytest.fixture(scope="session")
+def ours(hf_directory):
+    """(spec, float32 parameters) of a name in `MODELS`, read from the directory that transformers wrote."""
+
+    @functools.cache
+    def load(name):
+        model, directory = hf_directory(name)
+        config = hf_io.load_config(directory)
+        spec = hf_io.spec_of(config)
+        return spec, hf_io.load_params(directory, config, spec)
+
+    return load
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def logits_of(params, tokens, mask, spec):
+    return head_logits(params, hidden_states(params, tokens, mask, spec=spec), spec=spec)
+
+
+def left_padded(lengths, width, vocab=37, seed=0):
+    """Random tokens, also under the padding, so that a leak of the padding shows."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, (len(lengths), width)).astype(np.int32)
+    return tokens, np.arange(width)[None] >= width - np.asarray(lengths)[:, None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers_left_padded_and_beyond_256_positions(name, hf_directory, ours):
+    import torch
+
+    tokens, mask = left_padded([LONG, SHORT, 1], LONG)
+    model, _ = hf_directory(name)
+    spec, params = ours(name)
+    got = np.asarray(logits_of(params, tokens, mask, spec))
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            position_ids=torch.tensor(positions),
+        ).logits.numpy()
+    assert got.dtype == np.float32
+    scale = np.abs(expected[mask]).max()
+    assert scale > 1  # a dead model would prove nothing
+    error = np.abs(got - expected)[mask].max() / scale
+    assert error < 2e-5
+
+
+CACHED = ["llama-biases", "gpt2-scaled"]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_amount_side_and_ids_of_padding_change_nothing(name, ours):
+    spec, params = ours(name)
+    tokens, _ = left_padded([SHORT, SHORT], SHORT)
+    whole = logits_of(params, tokens, np.ones_like(tokens, bool), spec)
+    for left, right, filler in ((5, 0, 0), (0, 5, 36), (2, 3, 17)):
+        padding = ((0, 0), (left, right))
+        padded = logits_of(
+            params, np.pad(tokens, padding, constant_values=filler), np.pad(np.ones_like(tokens, bool), padding), spec
+        )
+        np.testing.assert_allclose(padded[:, left : left + SHORT], whole, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_token_never_changes_what_comes_before_it(name, ours):
+    spec, params = ours(name)
+    tokens, mask = left_padded([SHORT, SHORT - 3], SHORT)
+    changed = tokens.copy()
+    changed[:, 6] = (changed[:, 6] + 1) % 37
+    before, after = (np.asarray(logits_of(params, x, mask, spec)) for x in (tokens, changed))
+    earlier = mask & (np.arange(SHORT)[None] < 6)
+    np.testing.assert_array_equal(before[earlier], after[earlier])
+    assert (np.abs(before - after)[:, 6:].max(axis=(1, 2)) > 1e-2).all()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_decoding_with_a_cache_equals_the_whole_forward(name, ours):
+    spec, params = ours(name)
+    prompt, new = 5, 4
+    tokens, mask = left_padded([SHORT, SHORT - 3, SHORT - 4], prompt + new, seed=1)
+    whole = np.asarray(logits_of(params, tokens, mask, spec))
+    apply = jax.jit(lambda *arguments: Decoder(spec).apply({"params": params}, *arguments))
+    positions = np.asarray(positions_from_mask(jnp.asarray(mask)))
+
+    hidden, cache = apply(
+        tokens[:, :prompt], positions[:, :prompt], decoder.causal_visibility(jnp.asarray(mask[:, :prompt]))
+    )
+    hiddens = [hidden]
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, new), (0, 0)), constant_values=9.0), cache)
+    for slot in range(prompt, prompt + new):
+        visible = mask & (np.arange(prompt + new)[None] <= slot)
+        hidden, cache = apply(
+            tokens[:, slot : slot + 1], positions[:, slot : slot + 1], visible[:, None], cache, jnp.int32(slot)
+        )
+        hiddens.append(hidden)
+    cached = np.asarray(head_logits(params, jnp.concatenate(hiddens, axis=1), spec=spec))
+    assert np.abs(cached - whole)[mask].max() < 2e-5 * np.abs(whole[mask]).max()
+
+
+def test_the_response_is_predicted_from_one_token_earlier(ours):
+    spec, params = ours("llama-biases")
+    tokens, mask = left_padded([8, 5], 9, seed=2)
+    response_mask = np.array([[True] * 4, [True, True, False, False]])
+    mask[:, 5:] = response_mask
+    of_response = jax.jit(response_hidden, static_argnames="spec")
+    hidden = of_response(params, tokens[:, :5], mask[:, :5], tokens[:, 5:], response_mask, spec=spec)
+    whole = jax.jit(hidden_states, static_argnames="spec")(params, tokens, mask, spec=spec)
+    np.testing.assert_allclose(hidden, whole[:, 4:8], rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(whole[:, 4:8] - whole[:, 5:9])).max() > 0.1
+
+
+def test_gradients_are_finite_equal_with_and_without_recomputation_and_nowhere_inert(ours):
+    spec, params = ours("llama-biases")
+    tokens, mask = (jnp.asarray(x) for x in left_padded([SHORT, 2], SHORT))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, remat):
+        def loss(params):
+            logits = head_logits(params, hidden_states(params, tokens, mask, spec=spec, remat=remat), spec=spec)
+            log_probs = jax.nn.log_softmax(logits)[..., 3]
+            return jnp.sum(jnp.where(mask, log_probs, 0.0))
+
+        return jax.grad(loss)(params)
+
+    plain, recomputed = gradient(params, False), gradient(params, True)
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(recomputed), strict=True
+    ):
+        assert np.isfinite(leaf).all(), path
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-4)
+        # A bias on the keys shifts every score of a query alike: its gradient is 0 in theory, and rotation spoils that.
+        assert np.abs(leaf).max() > 1e-4, path
+
+
+def test_bfloat16_parameters_are_computed_in_bfloat16_with_float32_logits(ours):
+    spec, params = ours("llama-biases")
+    tokens, mask = left_padded([SHORT, SHORT - 4], SHORT)
+    half = decoder.cast(params, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    hidden = jax.eval_shape(functools.partial(hidden_states, spec=spec), half, jnp.asarray(tokens), jnp.asarray(mask))
+    assert hidden.dtype == jnp.bfloat16
+    logits = logits_of(half, tokens, mask, spec)
+    assert logits.dtype == jnp.float32
+    full = np.asarray(logits_of(params, tokens, mask, spec))
+    error = np.abs(np.asarray(logits) - full)[mask]
+    assert error.mean() < 0.02 * np.abs(full[mask]).max()
+
+
+def test_a_tied_head_is_the_embedding_and_no_array_of_its_own(ours):
+    spec, params = ours("llama-tied")
+    assert spec.tied_head
+    assert "head" not in params
+    hidden = jnp.ones((1, 1, spec.width))
+    np.testing.assert_allclose(
+        head_logits(params, hidden, spec=spec)[0, 0], np.asarray(params["embed"], np.float64).sum(1), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_positions_count_real_tokens_wherever_the_padding_sits():
+    mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0]], bool)
+    np.testing.assert_array_equal(
+        positions_from_mask(mask), [[0, 0, 0, 1, 2], [0, 1, 1, 1, 1], [0, 0, 1, 1, 2], [0, 0, 0, 0, 0]]
+    )
+
+
+def test_a_query_sees_real_tokens_up_to_itself():
+    visible = decoder.causal_visibility(jnp.array([[False, True, True]]))
+    np.testing.assert_array_equal(visible[0], [[False, False, False], [False, True, False], [False, True, True]])
+
+
+def test_initial_parameters_have_the_declared_shapes_unit_gains_and_zero_biases(ours):
+    spec, params = ours("llama-biases")
+    shapes = jax.tree.map(lambda leaf: leaf.shape, params)
+    assert jax.tree.map(lambda leaf: leaf.shape, decoder.abstract_params(spec)) == shapes
+    assert decoder.parameter_count(params) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    one_layer = dataclasses.replace(spec, layers=spec.layers[:1])
+    fresh = jax.jit(decoder.init_params, static_argnums=0)(one_layer, jax.random.PRNGKey(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
+        kind = path[-1].key
+        if kind in ("scale", "bias"):
+            assert (leaf == (1.0 if kind == "scale" else 0.0)).all(), path
+        else:
+            assert 0.01 < float(leaf.std()) < 0.03, path

@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import scoring_memory
+from ppo_jax import scoring
+from ppo_jax.models import hf_io
+from ppo_jax.prompts import pad_left
+from ppo_jax.records import Rollout
+from tests.tiny import PROMPTS, make_model
+
+TEMPERATURE = 0.8
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    model = hf_io.open_model(str(make_model(tmp_path_factory.mktemp("reference") / "model", seed=1)))
+    return model, hf_io.load_params(model.path, model.config, model.spec)
+
+
+def some_rollout(tiny, length=7):
+    batch = pad_left(PROMPTS, [tiny.model.tokenizer(text)["input_ids"] for text in PROMPTS])
+    rng = np.random.default_rng(0)
+    lengths = np.array([7, 1, 4, 7, 2, 5])
+    mask = np.arange(length)[None] < lengths[:, None]
+    zeros = jnp.zeros(mask.shape)
+    return Rollout(
+        prompt_tokens=jnp.asarray(batch.tokens),
+        prompt_mask=jnp.asarray(batch.mask),
+        response_tokens=jnp.asarray(np.where(mask, rng.integers(2, 300, mask.shape), 0), jnp.int32),
+        response_mask=jnp.asarray(mask),
+        behaviour_logprobs=zeros,
+        kept_mass=zeros,
+        finish_reason=jnp.zeros(len(lengths), jnp.int32),
+        group_id=jnp.arange(len(lengths), dtype=jnp.int32),
+        policy_version=jnp.zeros((), jnp.int32),
+    )
+
+
+def score(tiny, ref_params, rollout, micro_batch_size=6):
+    return scoring.score(
+        tiny.params,
+        ref_params,
+        rollout,
+        spec=tiny.model.spec,
+        temperature=TEMPERATURE,
+        compute_dtype="float32",
+        micro_batch_size=micro_batch_size,
+    )
+
+
+def hugging_face_log_softmax(directory, row, rollout):
+    """float64 log-probs of one unpadded sequence at its response positions, [length, V]."""
+    prompt = np.asarray(rollout.prompt_tokens)[row][np.asarray(rollout.prompt_mask)[row]]
+    response = np.asarray(rollout.response_tokens)[row][np.asarray(rollout.response_mask)[row]]
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        logits = model(torch.tensor(np.concatenate([prompt, response]))[None].long()).logits[0].double()
+    return torch.log_softmax(logits / TEMPERATURE, -1)[len(prompt) - 1 : -1].numpy(), response
+
+
+def test_scores_equal_the_formulas_on_the_logits_of_transformers(tiny, reference):
+    model, ref_params = reference
+    rollout = some_rollout(tiny)
+    scored = jax.device_get(score(tiny, ref_params, rollout))
+    for row in range(len(PROMPTS)):
+        log_p, tokens = hugging_face_log_softmax(tiny.model.path, row, rollout)
+        log_q, _ = hugging_face_log_softmax(model.path, row, rollout)
+        picked = np.arange(len(tokens)), tokens
+        expected = {
+            "old_logprobs": log_p[picked],
+            "ref_logprobs": log_q[picked],
+            "token_kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
+            "token_entropy": -(np.exp(log_p) * log_p).sum(-1),
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(getattr(scored, name)[row, : len(tokens)], values, rtol=0, atol=3e-5)
+            assert not getattr(scored, name)[row, len(tokens) :].any()
+    assert scored.token_kl[0].min() > 0.1
+
+
+def test_a_model_has_no_kl_to_itself(tiny):
+    scored = score(tiny, tiny.params, some_rollout(tiny))
+    assert float(jnp.max(scored.token_kl)) == 0.0
+    np.testing.assert_array_equal(scored.old_logprobs, scored.ref_logprobs)
+
+
+def test_micro_batches_change_no_score(tiny, reference):
+    rollout = some_rollout(tiny)
+    whole, parts = score(tiny, reference[1], rollout), score(tiny, reference[1], rollout, micro_batch_size=2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), whole, parts)
+
+
+def test_no_array_of_batch_by_length_by_vocabulary_is_ever_held():
+    temporaries, one_array = scoring_memory.streamed_temporaries()
+    assert temporaries < 0.5 * one_array

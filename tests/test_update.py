@@ -1,0 +1,239 @@
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import update
+from ppo_jax.config import UpdateConfig, load
+from ppo_jax.models.decoder import head_logits, response_hidden
+from ppo_jax.ops import losses
+from ppo_jax.prompts import pad_left
+from ppo_jax.records import Experience, TrainState
+from ppo_jax.update import Objective
+from tests.tiny import PROMPTS
+
+LENGTHS = np.array([5, 1, 3, 5, 2, 4])
+T, TEMPERATURE, CLIP_EPS = 5, 0.9, 0.2
+
+
+@pytest.fixture(scope="module")
+def experience(tiny) -> Experience:
+    """Answers whose old log-probs differ from the policy's, so that some tokens are clipped."""
+    batch = pad_left(PROMPTS, [tiny.model.tokenizer(text)["input_ids"] for text in PROMPTS])
+    rng = np.random.default_rng(3)
+    mask = np.arange(T)[None] < LENGTHS[:, None]
+    made = Experience(
+        prompt_tokens=jnp.asarray(batch.tokens),
+        prompt_mask=jnp.asarray(batch.mask),
+        response_tokens=jnp.asarray(np.where(mask, rng.integers(2, 300, mask.shape), 0), jnp.int32),
+        response_mask=jnp.asarray(mask),
+        old_logprobs=jnp.zeros(mask.shape),
+        advantages=jnp.asarray(np.where(mask, rng.normal(size=mask.shape), 0), jnp.float32),
+    )
+    current = dense_logprobs(tiny, tiny.params, made)
+    return replace(made, old_logprobs=jnp.where(made.response_mask, current + 0.3 * rng.normal(size=mask.shape).astype(np.float32), 0.0))
+
+
+def dense_logprobs(tiny, params, experience):
+    """The same log-probs written out: whole log-softmax, one row of numbers per token."""
+    hidden = response_hidden(
+        params,
+        experience.prompt_tokens,
+        experience.prompt_mask,
+        experience.response_tokens,
+        experience.response_mask,
+        spec=tiny.model.spec,
+    )
+    log_probs = jax.nn.log_softmax(head_logits(params, hidden, spec=tiny.model.spec) / TEMPERATURE, axis=-1)
+    return jnp.take_along_axis(log_probs, experience.response_tokens[..., None], axis=-1)[..., 0]
+
+
+def make_objective(tiny, *, micro=6, remat=False, dtype="float32"):
+    return Objective(
+        spec=tiny.model.spec,
+        temperature=TEMPERATURE,
+        clip_eps=CLIP_EPS,
+        loss_weights=partial(losses.constant_weights, max_response_tokens=T),
+        compute_dtype=dtype,
+        micro_batch_size=micro,
+        remat=remat,
+    )
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def step(tiny, experience, objective, optimizer, rows=range(6)):
+    params = copy(tiny.params)
+    return update.ppo_step(
+        params,
+        optimizer.init(params),
+        experience,
+        jnp.asarray(list(rows)),
+        optimizer=optimizer,
+        objective=objective,
+    )
+
+
+def largest_difference(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b)))
+
+
+OPTIMIZER = update.make_optimizer(UpdateConfig(learning_rate=1e-3, max_grad_norm=None), 10)
+
+
+def test_loss_and_gradient_are_those_of_the_clipped_objective_written_out(tiny, experience):
+    def written_out(params):
+        ratio = jnp.exp(dense_logprobs(tiny, params, experience) - experience.old_logprobs)
+        surrogate = jnp.minimum(
+            ratio * experience.advantages, jnp.clip(ratio, 1 - CLIP_EPS, 1 + CLIP_EPS) * experience.advantages
+        )
+        return -jnp.sum(jnp.where(experience.response_mask, surrogate, 0.0)) / (6 * T)
+
+    loss, expected = jax.value_and_grad(written_out)(tiny.params)
+    found_loss, stats, found = update.loss_and_gradients(tiny.params, experience, make_objective(tiny))
+    assert abs(float(found_loss - loss)) < 1e-6
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+    assert largest_difference(found, expected) < 1e-5 * scale
+    assert stats["tokens"] == LENGTHS.sum()
+    assert 0 < stats["clipped_tokens"] < LENGTHS.sum()
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_any_partition_into_micro_batches_takes_the_same_step(tiny, experience, micro):
+    whole, _, whole_stats = step(tiny, experience, make_objective(tiny), OPTIMIZER)
+    parts, _, parts_stats = step(tiny, experience, make_objective(tiny, micro=micro), OPTIMIZER)
+    # Adam's first step is nearly a sign: only gradients clear of rounding are compared that way, so compare stats too.
+    for name, value in whole_stats.items():
+        np.testing.assert_allclose(parts_stats[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    gradients = [update.loss_and_gradients(tiny.params, experience, make_objective(tiny, micro=m))[2] for m in (6, micro)]
+    assert largest_difference(*gradients) < 1e-6
+    assert largest_difference(whole, parts) <= 2e-3
+
+
+def test_rematerialisation_changes_no_gradient(tiny, experience):
+    plain, remat = (
+        update.loss_and_gradients(tiny.params, experience, make_objective(tiny, remat=flag))[2] for flag in (False, True)
+    )
+    assert largest_difference(plain, remat) < 1e-6
+
+
+def test_bfloat16_compute_keeps_float32_masters_and_log_probs(tiny, experience):
+    params, opt_state, _ = step(tiny, experience, make_objective(tiny, dtype="bfloat16"), OPTIMIZER)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    logprobs = update.policy_logprobs(tiny.params, experience, make_objective(tiny, dtype="bfloat16"))
+    exact = update.policy_logprobs(tiny.params, experience, make_objective(tiny))
+    assert logprobs.dtype == jnp.float32
+    assert 0 < float(jnp.max(jnp.abs(logprobs - exact))) < 0.5
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e30])
+def test_what_is_masked_changes_neither_loss_nor_gradient(tiny, experience, poison):
+    mask = experience.response_mask
+    poisoned = replace(
+        experience,
+        old_logprobs=jnp.where(mask, experience.old_logprobs, poison),
+        advantages=jnp.where(mask, experience.advantages, poison),
+        response_tokens=jnp.where(mask, experience.response_tokens, 7),
+    )
+    clean_loss, _, clean = update.loss_and_gradients(tiny.params, experience, make_objective(tiny))
+    loss, _, gradients = update.loss_and_gradients(tiny.params, poisoned, make_objective(tiny))
+    assert float(loss) == float(clean_loss)
+    assert largest_difference(gradients, clean) < 1e-7
+
+
+def test_a_step_that_is_not_finite_leaves_parameters_and_moments_untouched(tiny, experience):
+    broken = replace(experience, advantages=experience.advantages.at[0, 0].set(jnp.nan))
+    params, opt_state, stats = step(tiny, broken, make_objective(tiny), OPTIMIZER)
+    assert float(stats["update/skipped_steps"]) == 1
+    assert largest_difference(params, tiny.params) == 0
+    jax.tree.map(np.testing.assert_array_equal, opt_state, OPTIMIZER.init(tiny.params))
+
+
+def test_the_old_buffers_are_given_up_to_the_update(tiny, experience):
+    params = copy(tiny.params)
+    update.ppo_step(
+        params, OPTIMIZER.init(params), experience, jnp.arange(6), optimizer=OPTIMIZER, objective=make_objective(tiny)
+    )
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_only_the_rows_of_the_minibatch_are_trained_on(tiny, experience):
+    rows = jnp.asarray([4, 1])
+    objective = make_objective(tiny, micro=2)
+    _, _, stats = step(tiny, experience, objective, OPTIMIZER, rows=[4, 1])
+    expected, _, _ = update.loss_and_gradients(tiny.params, jax.tree.map(lambda x: x[rows], experience), objective)
+    np.testing.assert_allclose(stats["loss/policy"], expected, rtol=1e-6)
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees(tiny, experience):
+    clipped = update.make_optimizer(UpdateConfig(learning_rate=1e-3, max_grad_norm=0.01), 10)
+    _, opt_state, stats = step(tiny, experience, make_objective(tiny), clipped)
+    assert float(stats["update/grad_norm"]) > 0.05
+    moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim > 0]
+    first_moments = moments[: len(moments) // 2]
+    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in first_moments))
+    np.testing.assert_allclose(norm, 0.1 * 0.01, rtol=1e-3)  # (1 − b1) times the clipped norm
+
+
+def test_weight_decay_acts_on_matrices_only(tiny, experience):
+    nothing_learned = replace(experience, advantages=jnp.zeros_like(experience.advantages))
+    decaying = update.make_optimizer(UpdateConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    params, _, _ = step(tiny, nothing_learned, make_objective(tiny), decaying)
+    for (path, after), before in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tiny.params), strict=True
+    ):
+        factor = 0.95 if before.ndim >= 2 else 1.0
+        np.testing.assert_allclose(after, factor * before, rtol=1e-5, atol=1e-7, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, (1 + np.cos(np.pi / 4)) / 2, 0.5, (1 - np.cos(np.pi / 4)) / 2]),
+    ],
+)
+def test_the_learning_rate_warms_up_from_above_zero_and_decays(schedule, expected):
+    rates = [
+        float(update.learning_rate(step, peak=2.0, schedule=schedule, warmup_steps=2, total_steps=6)) for step in range(6)
+    ]
+    np.testing.assert_allclose(rates, 2.0 * np.asarray(expected), rtol=1e-6)
+
+
+def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience, monkeypatch):
+    config = load(
+        overrides={
+            "rollout.batch_size": 6,
+            "rollout.max_new_tokens": T,
+            "update.minibatch_size": 2,
+            "update.epochs": 3,
+        }
+    )
+    visited = []
+
+    def record(params, opt_state, experience, rows, **_):
+        visited.append(rows.tolist())
+        return params, opt_state, {}
+
+    monkeypatch.setattr(update, "ppo_step", record)
+
+    def visits(step):
+        visited.clear()
+        state = TrainState(step=jnp.asarray(step), params={}, opt_state=())
+        after, stats = update.update(
+            state, experience, config=config, optimizer=OPTIMIZER, objective=make_objective(tiny)
+        )
+        assert int(after.step) == step + 1
+        assert len(stats) == 9 == config.optimizer_steps_per_iteration
+        return [sum(visited[i : i + 3], []) for i in (0, 3, 6)]
+
+    first, again, other = visits(0), visits(0), visits(1)
+    assert all(sorted(epoch) == list(range(6)) for epoch in first + other)
+    assert first == again
+    assert len({tuple(epoch) for epoch in first + other}) == 6
