@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 DTYPES = ("float64", "float32")
@@ -58,18 +59,20 @@ def rows_of_all_dtypes(words: list[str]) -> list[dict[str, Any]]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="JAX against PyTorch, largest absolute difference over unmasked elements")
-    for column in ("level", "dtype", "model", "compared", "tensors", "worst tensor"):
-        table.add_column(column)
-    for column in ("error", "bound"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
+    """One line per comparison, that of the model on which it came closest to its bound or failed first."""
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        ok = row["diverged"] is None
+        lines.setdefault((row["dtype"], row["level"], row["compared"]), []).append(row)
+    table = Table(title="JAX against PyTorch: largest absolute difference over unmasked elements")
+    for column in ("dtype", "level", "compared", "worst model", "worst tensor", "error", "bound", "verdict"):
+        table.add_column(column, justify="right" if column in ("error", "bound") else "left")
+    for key, group in lines.items():
+        failed = [row for row in group if row["diverged"] is not None]
+        worst = failed[0] if failed else max(group, key=lambda row: row["error"] / (row["bound"] or 1.0))
         table.add_row(
-            *(str(row[key]) for key in ("level", "dtype", "case", "compared", "tensors", "worst")),
-            *(f"{row[key]:.1e}" for key in ("error", "bound")),
-            "[green]ok[/]" if ok else f"[bold red]FAIL[/] from {row['diverged']}",
+            *map(escape, (*key, worst["case"], worst["worst"])),
+            *(f"{worst[number]:.1e}" for number in ("error", "bound")),
+            f"[bold red]FAIL[/] from {escape(failed[0]['diverged'])}" if failed else "[green]ok[/]",
         )
     return table
 
@@ -95,7 +98,8 @@ def main() -> int:
         first = failed[0]
         console.print(
             f"{len(failed)} of {len(rows)} comparisons failed; the first: {first['level']} {first['dtype']} "
-            f"{first['case']}, {first['compared']}: {first['diverged']}"
+            f"{first['case']}, {first['compared']}: {first['diverged']}",
+            markup=False,
         )
     else:
         console.print(f"all {len(rows)} comparisons hold")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,10 @@ VOCAB_SIZE = 61
 POSITIONS = 320
 
 # 4 query heads share 2 key heads, and all heads together (32 channels) are wider than the model (24).
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 24,
     "intermediate_size": 40,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -37,7 +37,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-GPT2 = {
+GPT2: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 24,
     "n_head": 3,
@@ -53,8 +53,10 @@ GPT2 = {
 def random_configs() -> dict[str, PretrainedConfig]:
     """What the random models are; every field that changes the mathematics is away from its default somewhere."""
     return {
-        "llama": LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE),
-        "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+        "llama": LlamaConfig(
+            **LLAMA, num_hidden_layers=2, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE
+        ),
+        "llama-tied": LlamaConfig(**LLAMA, num_hidden_layers=1, tie_word_embeddings=True),
         # Layer 0 is scaled by 1 / 1, so both kinds of scale are in it.
         "gpt2": GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True),
     }
@@ -68,6 +70,7 @@ class ModelCase:
     directory: Path
     ref_directory: Path
     vocab_size: int
+    is_real: bool
 
 
 def random_model(name: str, root: Path) -> ModelCase:
@@ -76,10 +79,10 @@ def random_model(name: str, root: Path) -> ModelCase:
     model = AutoModelForCausalLM.from_config(config)
     _randomise(model)
     model.save_pretrained(root / name)
-    return real_model(root / name, root)
+    return with_reference(root / name, root, is_real=False)
 
 
-def real_model(directory: Path, root: Path) -> ModelCase:
+def with_reference(directory: Path, root: Path, *, is_real: bool) -> ModelCase:
     """A model directory as it is; its reference, saved under `root`, has the same weights, each moved by 2%."""
     reference = root / f"{directory.name}-reference"
     reference.mkdir()
@@ -94,7 +97,7 @@ def real_model(directory: Path, root: Path) -> ModelCase:
         for x in tensors.values():
             x += 0.02 * x.std(correction=0) * torch.randn(x.shape, generator=generator).to(x.dtype)
         save_file(tensors, reference / file.name, metadata={"format": "pt"})
-    return ModelCase(directory.name, directory, reference, json.loads(config_text)["vocab_size"])
+    return ModelCase(directory.name, directory, reference, json.loads(config_text)["vocab_size"], is_real)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from parity import levels, operations
-from parity.cases import random_configs, random_model, real_model
+from parity.cases import random_configs, random_model, with_reference
 from parity.rows import Row
 from parity.stacks import Pair
 
@@ -39,7 +39,11 @@ def climb(
         )
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        found = [random_model(name, root) for name in names] if model is None else [real_model(model, root)]
+        found = (
+            [random_model(name, root) for name in names]
+            if model is None
+            else [with_reference(model, root, is_real=True)]
+        )
         pairs = [Pair(case, dtype) for case in found]
         rows: list[Row] = []
         for level in asked:

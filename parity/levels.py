@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parity.cases import padded_sequences, ragged_answers
-from parity.rows import BOUNDS, Named, Row, compare, named, numpy_of
+from parity.rows import Named, Row, bound_of, compare, named, numpy_of
 from parity.stacks import Pair, in_both, split_key_bias
 from ppo_jax import records, scoring, update
 from ppo_jax.config import UpdateConfig
@@ -28,7 +28,7 @@ TEMPERATURE = 0.7
 CLIP_EPS = 0.2
 OPTIMIZER_STEPS = 20
 OPTIMIZER = UpdateConfig(
-    learning_rate=2e-4, schedule="cosine", warmup_steps=2, max_grad_norm=1.0, weight_decay=0.1, minibatch_size=6
+    learning_rate=5e-5, schedule="cosine", warmup_steps=2, max_grad_norm=1.0, weight_decay=0.1, minibatch_size=6
 )
 # One object per normaliser: what is compiled for an objective is found again only by an equal one.
 CONSTANT = {
@@ -38,8 +38,23 @@ CONSTANT = {
 TOKEN_MEAN = {"ours": losses.token_mean_weights, "theirs": torch_ops.token_mean_weights}
 
 
-def row_of(pair: Pair, level: str, compared: str, ours: Named, theirs: Named, **limits: float) -> Row:
-    return compare(level, pair.dtype, pair.case.name, compared, ours, theirs, **limits)
+def bound_for(pair: Pair, level: str) -> float:
+    return bound_of(level, pair.dtype, is_real=pair.case.is_real)
+
+
+def row_of(
+    pair: Pair,
+    level: str,
+    compared: str,
+    ours: Named,
+    theirs: Named,
+    *,
+    scale: float = 1.0,
+    bound: float | None = None,
+) -> Row:
+    """Row of this pair; its bound is `scale` times that of the level, unless given."""
+    bound = scale * bound_for(pair, level) if bound is None else bound
+    return compare(level, pair.dtype, pair.case.name, compared, ours, theirs, bound=bound)
 
 
 def active(what: str, is_active: bool) -> str:
@@ -108,8 +123,8 @@ def divergences(pair: Pair) -> Iterator[Row]:
         k1, k3 = numpy_of(torch_ops.k1(*sampled)), numpy_of(torch_ops.k3(*sampled))
         per_token.append({"exact": scored["token_kl"], "k1": k1, "k3": k3})
     for name in ("exact", "k1", "k3"):
-        # k1 is a difference of two log-probs and keeps their errors whole.
-        scale = 4.0 if name == "k1" else 1.0
+        # k1 is a difference of two log-probs and keeps their errors whole; k3 holds a ratio, as exact as they relatively.
+        scale = {"exact": 1.0, "k1": 4.0, "k3": max(1.0, float(per_token[1]["k3"].max()))}[name]
         ours, theirs = ({f"token {name}": stack[name][mask]} for stack in per_token)
         yield row_of(pair, "L5", f"{name} KL per token", ours, theirs, scale=scale)
         ours, theirs = ({f"answer {name}": stack[name].sum(axis=1)} for stack in per_token)
@@ -188,7 +203,7 @@ def loss(pair: Pair) -> Iterator[Row]:
         ratio, twin_ratio = ({"ratio_max": stack.pop("ratio_max")} for stack in (ours, theirs))
         yield row_of(pair, "L7", f"loss and statistics, {what}", ours, theirs)
         # A ratio is as exact, relatively, as the log-probs it is made of.
-        limit = float(twin_ratio["ratio_max"]) * BOUNDS["L4"][pair.dtype]
+        limit = float(twin_ratio["ratio_max"]) * bound_for(pair, "L4")
         yield row_of(pair, "L7", f"largest ratio, {what}", ratio, twin_ratio, bound=limit)
         yield from _is_active(pair, "L7", what, bool(ours["clip_frac"] > 0), clipping)
 
@@ -233,17 +248,18 @@ def optimizer(pair: Pair) -> Iterator[Row]:
             yield from _is_active(pair, "L9", what, clipped, norm_clipping)
             yield row_of(pair, "L9", f"statistics, {what}", *_in_own_units(named(stats), named(twin_stats)))
             yield from _parameter_rows(pair, what, pair.jax_named(params), named(model.state_dict()), step)
-            for moment in ("mu", "nu"):
+            # A square doubles the relative error of what is squared.
+            for moment, factor in (("mu", 1), ("nu", 2)):
                 ours = pair.jax_named(optax.tree_utils.tree_get(state, moment))
                 theirs = named(getattr(twin, moment))
                 largest = max(float(np.abs(x).max()) for x in theirs.values())
-                yield row_of(pair, "L9", f"{moment}, {what}", ours, theirs, scale=largest)
+                yield row_of(pair, "L9", f"{moment}, {what}", ours, theirs, scale=factor * largest)
 
 
 def _in_own_units(ours: Named, theirs: Named) -> tuple[Named, Named]:
     """Both divided by the size of what is compared where that is above 1: a gradient norm may be in the hundreds."""
     units = {name: np.maximum(1.0, np.abs(x)) for name, x in theirs.items()}
-    return tuple({name: x / units[name] for name, x in stack.items()} for stack in (ours, theirs))
+    return {name: x / units[name] for name, x in ours.items()}, {name: x / units[name] for name, x in theirs.items()}
 
 
 def _parameter_rows(pair: Pair, what: str, ours: Named, theirs: Named, steps: int) -> Iterator[Row]:

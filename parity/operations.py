@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from parity.cases import ragged_answers
-from parity.rows import Named, Row, compare, numpy_of
+from parity.rows import BOUNDS, Named, Row, compare, numpy_of
 from parity.stacks import in_both
 from ppo_jax.ops import advantages, kl, logprobs, losses, rewards, sampling
 from ppo_torch_ref import ops as torch_ops
@@ -32,7 +32,7 @@ def call_both(
 
 def compare_calls(level: str, dtype: str, compared: str, *calls: tuple[Named, Named]) -> Row:
     ours, theirs = ({name: x for call in calls for name, x in call[side].items()} for side in (0, 1))
-    return compare(level, dtype, CASE, compared, ours, theirs)
+    return compare(level, dtype, CASE, compared, ours, theirs, bound=BOUNDS[level][dtype])
 
 
 def log_probs(dtype: str) -> Iterator[Row]:
@@ -94,7 +94,7 @@ def advantage(dtype: str) -> Iterator[Row]:
     scores, token_k1, values = rng.normal(0, 1, len(mask)), rng.normal(0, 0.3, mask.shape), rng.normal(0, 1, mask.shape)
     token_rewards = np.where(mask, rng.normal(0, 1, mask.shape), 0.0)
     equal = np.full(mask.shape, 1e8 / 3)
-    discounting = {"discount": 0.9, "gae_lambda": 0.8}
+    discounting: dict[str, Any] = {"discount": 0.9, "gae_lambda": 0.8}
     for compared, call in (
         ("token rewards", call_both(dtype, rewards.token_rewards, scores, token_k1, mask, kl_coef=0.1)),
         ("batch mean", call_both(dtype, advantages.batch_mean_advantages, token_rewards, mask)),
@@ -113,20 +113,22 @@ def loss(dtype: str) -> Iterator[Row]:
     yield compare_calls(
         "L7", dtype, "per-token losses", *(call_both(dtype, f, x, old, weight, clip_eps=CLIP_EPS) for f in per_token)
     )
-    yield compare("L7", dtype, CASE, "loss under every normaliser", *_normalised_losses(dtype, x, mask))
+    yield compare_calls("L7", dtype, "loss under every normaliser", _normalised_losses(dtype, x, mask))
 
 
-def _normalised_losses(dtype: str, token_losses: np.ndarray, mask: np.ndarray) -> list[Named]:
+def _normalised_losses(dtype: str, token_losses: np.ndarray, mask: np.ndarray) -> tuple[Named, Named]:
     """Σ w ℓ of both stacks, by normaliser."""
-    both = in_both(dtype, (token_losses, mask))
-    return [
-        {
-            name: numpy_of(o.weighted_sum(x, getattr(o, f"{name}_weights")(kept, dtype=x.dtype, **fixed)))
-            for name, fixed in (
-                ("constant", {"max_response_tokens": 9}),
-                ("token_mean", {}),
-                ("sequence_mean", {}),
-            )
+    normalisers: dict[str, Any] = {
+        "constant": {"max_response_tokens": 9},
+        "token_mean": {},
+        "sequence_mean": {},
+    }
+
+    def reduced(stack: Any, x: Any, kept: Any) -> Named:
+        weights = {
+            name: getattr(stack, f"{name}_weights")(kept, dtype=x.dtype, **fixed) for name, fixed in normalisers.items()
         }
-        for o, (x, kept) in zip((losses, torch_ops), both, strict=True)
-    ]
+        return {name: numpy_of(stack.weighted_sum(x, w)) for name, w in weights.items()}
+
+    arrays, tensors = in_both(dtype, (token_losses, mask))
+    return reduced(losses, *arrays), reduced(torch_ops, *tensors)

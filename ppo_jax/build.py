@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Run:
     reward: RewardFunction
     sampling: Sampling
     endings: Endings
-    token_rewards: Callable[..., jax.Array]  # step 4: (seq_scores [B], Scored, response_mask) -> [B, T]
+    token_rewards: Callable[..., jax.Array]  # step 4: (seq_scores [B], Scored, response_mask, kl_coef=) -> [B, T]
     advantages: Callable[..., jax.Array]  # step 5: (token_rewards, response_mask) -> [B, T]
     objective: Objective  # step 6
     optimizer: optax.GradientTransformation
@@ -91,7 +91,7 @@ def build(
         reward=reward,
         sampling=make_sampling(config),
         endings=endings,
-        token_rewards=jax.jit(partial(k1_token_rewards, kl_coef=config.kl.coef)),
+        token_rewards=jax.jit(k1_token_rewards),
         advantages=jax.jit(pick_advantages(config)),
         objective=make_objective(config, model),
         optimizer=optimizer,
@@ -104,7 +104,9 @@ def build(
     return run, state
 
 
-def k1_token_rewards(seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float) -> jax.Array:
+def k1_token_rewards(
+    seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float | jax.Array
+) -> jax.Array:
     """The `k1` form of the KL: a penalty per token inside the reward."""
     token_k1 = kl.k1(scored.old_logprobs, scored.ref_logprobs)
     return rewards.token_rewards(seq_scores, token_k1, response_mask, kl_coef=kl_coef)
@@ -126,11 +128,17 @@ def pick_advantages(config: Config) -> Callable[..., jax.Array]:
 def pick_loss_weights(config: Config) -> Callable[..., jax.Array]:
     match config.update.normaliser:
         case "constant":
-            return partial(losses.constant_weights, max_response_tokens=config.rollout.max_new_tokens)
+            return _constant_weights(config.rollout.max_new_tokens)
         case "token_mean":
             return losses.token_mean_weights
         case "sequence_mean":
             return losses.sequence_mean_weights
+
+
+@cache
+def _constant_weights(max_response_tokens: int) -> Callable[..., jax.Array]:
+    """The same object for the same constant, so that a second run in a process compiles nothing again."""
+    return partial(losses.constant_weights, max_response_tokens=max_response_tokens)
 
 
 def make_objective(config: Config, model: ModelDirectory) -> Objective:

@@ -98,7 +98,7 @@ class RolloutConfig(Section):
     )
     top_p: Probability = Field(default=1.0, description="nucleus sampling; 1.0 is off and the only unbiased setting")
     top_k: NonNegative = Field(default=0, description="sample among the k likeliest tokens; 0 is off")
-    eos_tokens: tuple[str, ...] | None = Field(
+    eos_tokens: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] | None = Field(
         default=None, description="tokens that end an answer; by default those of the generation config and tokenizer"
     )
     stop_strings: tuple[NonEmpty, ...] = Field(default=(), description="texts that end an answer; they remain in it")

@@ -77,7 +77,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         )
 
         # 4. Score and KL become the total reward, token by token.
-        token_rewards = run.token_rewards(seq_scores, scored, answers.response_mask)  # [B, T]
+        token_rewards = run.token_rewards(seq_scores, scored, answers.response_mask, kl_coef=config.kl.coef)
 
         # 5. The advantage: which answers were better than their batch.
         advantages = run.advantages(token_rewards, answers.response_mask)  # [B, T]

@@ -6,7 +6,7 @@ step add up: sums of losses, sums of gradients, one clipping, one AdamW step.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -58,8 +58,12 @@ def learning_rate(
     return peak * warmup * decay[schedule]
 
 
+@cache
 def make_optimizer(update: UpdateConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decay on matrices only."""
+    """Clipping by global norm, then AdamW with decay on matrices only.
+
+    The same object for the same settings, so that a second run in a process compiles nothing again.
+    """
 
     def schedule(count: Any) -> Array:
         return learning_rate(
@@ -179,8 +183,9 @@ def ppo_step(
     )
     minibatch = jax.tree.map(lambda x: x[rows], experience)
     loss, sums, gradients = loss_and_gradients(params, minibatch, objective)
-    grad_norm = optax.global_norm(gradients)
-    updates, new_opt_state = optimizer.update(gradients, opt_state, params)
+    grad_norm = optax.tree.norm(gradients)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
+        updates, new_opt_state = optimizer.update(gradients, opt_state, params)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
     new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
@@ -191,7 +196,7 @@ def ppo_step(
         "policy/ratio_max": sums["ratio_max"],
         "policy/log_ratio_abs_max": sums["log_ratio_abs_max"],
         "update/grad_norm": grad_norm,
-        "update/param_rel_change": optax.global_norm(updates) / optax.global_norm(params),
+        "update/param_rel_change": optax.tree.norm(updates) / optax.tree.norm(params),
         "update/skipped_steps": ~finite,
     }
     return optax.apply_updates(params, updates), new_opt_state, stats

@@ -81,11 +81,7 @@ def build(config: SimpleNamespace, *, dtype: torch.dtype, device: str, hf: bool)
     """Tokenizer, models, reward, prompts and optimizer of a run; with `hf` the models are those of `transformers`."""
     directory = model_directory(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if hf:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
-    else:
-        model = load_model(directory, dtype=dtype)
-    model.to(device)
+    model = (load_hf_model if hf else load_model)(directory, dtype=dtype).to(device)
     reference = copy.deepcopy(model).requires_grad_(False)
     update, sampling = config.update, config.rollout
     steps = config.run.iterations * update.epochs * (sampling.batch_size // update.minibatch_size)
@@ -130,6 +126,10 @@ def build(config: SimpleNamespace, *, dtype: torch.dtype, device: str, hf: bool)
             weight_decay=update.weight_decay,
         ),
     )
+
+
+def load_hf_model(directory: Path, *, dtype: torch.dtype) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
 
 
 def assets() -> Path:

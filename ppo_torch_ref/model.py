@@ -181,7 +181,7 @@ class GPT2Block(nn.Module):
 class Llama(nn.Module):
     """Called like a `transformers` model; returns logits [B, S, V], or of the last `logits_to_keep` positions."""
 
-    prefix, buffers = "model.", ("rotary_emb.inv_freq",)
+    prefix, not_weights = "model.", ("rotary_emb.inv_freq",)
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
@@ -197,16 +197,18 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
         visible = causal_visibility(attention_mask)
         x = self.model["embed_tokens"](tokens)
-        for block in self.model["layers"]:
+        for block in self.model["layers"].children():
             x = block(x, position_ids, visible)
         hidden = self.model["norm"](x)[:, -logits_to_keep:]
-        return F.linear(hidden, (self.lm_head or self.model["embed_tokens"]).weight)
+        return F.linear(
+            hidden, self.get_parameter("model.embed_tokens.weight" if self.lm_head is None else "lm_head.weight")
+        )
 
 
 class GPT2(nn.Module):
     """As `Llama`, with learned positions."""
 
-    prefix, buffers = "transformer.", (".attn.bias", ".attn.masked_bias")
+    prefix, not_weights = "transformer.", (".attn.bias", ".attn.masked_bias")
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
@@ -223,10 +225,12 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
         visible = causal_visibility(attention_mask)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](position_ids)
-        for block in self.transformer["h"]:
+        for block in self.transformer["h"].children():
             x = block(x, visible)
         hidden = self.transformer["ln_f"](x)[:, -logits_to_keep:]
-        return F.linear(hidden, (self.lm_head or self.transformer["wte"]).weight)
+        return F.linear(
+            hidden, self.get_parameter("transformer.wte.weight" if self.lm_head is None else "lm_head.weight")
+        )
 
 
 FAMILIES = {"llama": Llama, "gpt2": GPT2}
@@ -274,7 +278,7 @@ def load_model(directory: Path, *, dtype=torch.float32) -> nn.Module:
     stored = {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
     if not any(name.startswith(model.prefix) for name in stored):  # a bare trunk, as the hub's gpt2
         stored = {model.prefix + name: x for name, x in stored.items()}
-    unused = model.buffers + (("lm_head.weight",) if config.tie_word_embeddings else ())
+    unused = model.not_weights + (("lm_head.weight",) if config.tie_word_embeddings else ())
     weights = {name: x.to(dtype) for name, x in stored.items() if not name.endswith(unused)}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

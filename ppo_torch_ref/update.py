@@ -5,7 +5,7 @@ gradients, then comes one clipping and one AdamW step.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -51,9 +51,9 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, t
     return peak * warmup * decay[schedule]
 
 
-def global_norm(tensors: Iterator[Tensor]) -> Tensor:
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """sqrt of the sum of all squares."""
-    return torch.sqrt(sum(torch.sum(x**2) for x in tensors))
+    return torch.stack([torch.sum(x**2) for x in tensors]).sum().sqrt()
 
 
 class AdamW:
@@ -85,7 +85,7 @@ class AdamW:
         self.step_count = 0
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: param.grad for name, param in self.params.items()}
+        return {name: param.grad for name, param in self.params.items() if param.grad is not None}
 
     @torch.no_grad()
     def step(self, grad_norm: Tensor) -> float:
@@ -93,8 +93,8 @@ class AdamW:
         rate = self.schedule(self.step_count)
         self.step_count += 1
         change_sq, before_norm = 0.0, global_norm(self.params.values())
-        for name, param in self.params.items():
-            gradient, mu, nu = param.grad, self.mu[name], self.nu[name]
+        for name, gradient in self.gradients().items():
+            param, mu, nu = self.params[name], self.mu[name], self.nu[name]
             if self.max_grad_norm is not None and grad_norm >= self.max_grad_norm:
                 gradient = gradient / grad_norm * self.max_grad_norm
             mu.mul_(self.b1).add_((1 - self.b1) * gradient)
@@ -185,7 +185,7 @@ def update(
 
 def summarise(all_stats: list[Stats]) -> Stats:
     """One iteration's numbers: means over its optimizer steps, maxima of maxima, sums of counts and of changes."""
-    summary = {}
+    summary: Stats = {}
     for name in all_stats[0]:
         values = [stats[name] for stats in all_stats]
         if name.endswith("_max"):

@@ -51,6 +51,7 @@ def convert(gguf: Path, out: Path) -> None:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if tokenizer.eos_token != "<|im_end|>" or pad is None:
         raise SystemExit(f"unexpected tokenizer: eos is {tokenizer.eos_token!r}, pad is {tokenizer.pad_token!r}")
+    tokenizer.model_max_length = EXPECTED["max_position_embeddings"]
 
     # A dequantised model refuses save_pretrained, so its weights move into one that was never quantised.
     config = LlamaConfig(

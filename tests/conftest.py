@@ -16,15 +16,16 @@ import flax.struct
 import jax
 import jaxtyping
 import pytest
-import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile a hundred small programs and run each for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _pytree_dataclass(cls, *, _make=flax.struct.dataclass, **options):
-    """A struct.dataclass whose constructor is not shape-checked: JAX rebuilds pytrees with specs, flags and rows in them."""
+    """A struct.dataclass whose constructor is not shape-checked: JAX rebuilds pytrees of specs, flags and rows."""
     made = _make(cls, **options)
     made.__no_type_check__ = True
     return made
@@ -59,6 +60,7 @@ def tiny(tiny_model) -> Tiny:
     """The same model, loaded."""
     model = hf_io.open_model(str(tiny_model))
     return Tiny(model, hf_io.load_params(model.path, model.config, model.spec))
+
 
 # ---------------------------------------------------------------------------- small random Hugging Face models
 

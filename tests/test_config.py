@@ -38,7 +38,7 @@ def test_an_empty_file_or_section_is_the_defaults(tmp_path, text):
 
 
 def test_a_file_sets_what_it_names_and_overrides_win(tmp_path):
-    file = written(tmp_path, "update:\n  epochs: 3\n  learning_rate: 1.0e-5\nrollout:\n  stop_strings: [\"\\n\\n\"]\n")
+    file = written(tmp_path, 'update:\n  epochs: 3\n  learning_rate: 1.0e-5\nrollout:\n  stop_strings: ["\\n\\n"]\n')
     config = load(file, {"update.epochs": 1, "kl.coef": 0.2})
     assert config.update.epochs == 1
     assert config.update.learning_rate == 1e-5

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import MODELS
 
 from ppo_jax.models import decoder, hf_io
 from ppo_jax.models.decoder import Decoder, head_logits, hidden_states, positions_from_mask, response_hidden
+from tests.conftest import MODELS
 
 LONG, SHORT = 270, 9
 
@@ -21,7 +21,7 @@ def ours(hf_directory):
 
     @functools.cache
     def load(name):
-        model, directory = hf_directory(name)
+        _, directory = hf_directory(name)
         config = hf_io.load_config(directory)
         spec = hf_io.spec_of(config)
         return spec, hf_io.load_params(directory, config, spec)
@@ -169,7 +169,10 @@ def test_a_tied_head_is_the_embedding_and_no_array_of_its_own(ours):
     assert "head" not in params
     hidden = jnp.ones((1, 1, spec.width))
     np.testing.assert_allclose(
-        head_logits(params, hidden, spec=spec)[0, 0], np.asarray(params["embed"], np.float64).sum(1), rtol=1e-5, atol=1e-5
+        head_logits(params, hidden, spec=spec)[0, 0],
+        np.asarray(params["embed"], np.float64).sum(1),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 

@@ -133,7 +133,13 @@ def test_a_save_replaces_what_was_there_keeps_its_companions_and_leaves_no_parti
     hf_io.save_model(target, model, params)
     assert {file.name for file in tmp_path.iterdir()} == {"llama", "policy"}
     names = {file.name for file in target.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
     assert not names & {"stale.safetensors", "junk"}
     assert json.loads((target / "generation_config.json").read_text()) == {"eos_token_id": [2, 5]}
     assert load(target)[0].tokenizer("w0 w33")["input_ids"] == model.tokenizer("w0 w33")["input_ids"] == [3, 36]
@@ -194,9 +200,9 @@ def test_a_config_that_is_no_json_object_is_refused_by_name(copy_of, text):
     assert "config.json" in refusal(directory)
 
 
-def test_fields_that_ask_for_nothing_and_fields_vouched_for_are_accepted(copy_of):
+def test_unknown_fields_that_the_user_vouches_for_are_accepted(copy_of):
     directory = copy_of("llama")
-    edit_json(directory / "config.json", auto_map=None, residual_multiplier=0.5)
+    edit_json(directory / "config.json", residual_multiplier=0.5)
     load(directory, ignored=("residual_multiplier",))
     assert "residual_multiplier" in refusal(directory)
 
@@ -234,6 +240,12 @@ def test_missing_and_unexpected_tensors_are_both_listed(copy_of):
     message = refusal(directory)
     assert "Missing tensors: model.layers.1.self_attn.q_proj.weight." in message
     assert "Unexpected tensors: model.layers.7.extra.weight." in message
+
+
+def test_a_tensor_that_nothing_would_read_is_refused_even_when_none_is_missing(copy_of):
+    directory = copy_of("llama")
+    edit_tensors(directory, **{"model.layers.0.self_attn.q_proj.bias": np.ones(24, np.float32)})
+    assert "Missing tensors: none. Unexpected tensors: model.layers.0.self_attn.q_proj.bias." in refusal(directory)
 
 
 def test_long_lists_of_tensors_are_cut_short_and_counted(copy_of):
@@ -337,7 +349,9 @@ def sharded(directory, tmp_path, weight_map):
     return directory
 
 
-@pytest.mark.parametrize("where", ["../stolen.safetensors", "/etc/passwd", "sub/../../x.safetensors", "absent.safetensors"])
+@pytest.mark.parametrize(
+    "where", ["../stolen.safetensors", "/etc/passwd", "sub/../../x.safetensors", "absent.safetensors"]
+)
 def test_an_index_that_points_out_of_the_directory_is_refused(copy_of, tmp_path, where):
     (tmp_path / "stolen.safetensors").write_bytes(b"x")
     directory = sharded(copy_of("llama"), tmp_path, {"model.norm.weight": where})

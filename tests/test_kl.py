@@ -20,7 +20,9 @@ exact_kl = jax.jit(kl.exact_token_kl, static_argnames="temperature")
 
 def draw_pair(seed, scale=2.0, shape=(ROWS, VOCAB)):
     rng = np.random.default_rng(seed)
-    return rng.normal(scale=scale, size=shape).astype(np.float32), rng.normal(scale=scale, size=shape).astype(np.float32)
+    return rng.normal(scale=scale, size=shape).astype(np.float32), rng.normal(scale=scale, size=shape).astype(
+        np.float32
+    )
 
 
 def log_softmax64(logits, temperature=1.0):
@@ -94,9 +96,9 @@ def test_the_policy_comes_first():
 def test_logits_up_to_ten_thousand_give_finite_values_and_gradients(seed, scale):
     rng = np.random.default_rng(seed)
     logits, ref_logits = rng.uniform(-scale, scale, (2, ROWS, VOCAB)).astype(np.float32)
-    value, gradients = jax.value_and_grad(
-        lambda z, r: exact_kl(z, r, temperature=1.0).sum(), argnums=(0, 1)
-    )(jnp.asarray(logits), jnp.asarray(ref_logits))
+    value, gradients = jax.value_and_grad(lambda z, r: exact_kl(z, r, temperature=1.0).sum(), argnums=(0, 1))(
+        jnp.asarray(logits), jnp.asarray(ref_logits)
+    )
     np.testing.assert_allclose(value, kl64(logits, ref_logits).sum(), rtol=1e-5)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
@@ -134,9 +136,9 @@ def test_a_token_impossible_for_both_adds_nothing_to_value_or_gradient(floor):
 def test_a_token_impossible_for_the_policy_alone_leaves_the_kl_finite(floor):
     logits, ref_logits = (x.astype(np.float64) for x in draw_pair(6))
     keep = np.arange(VOCAB) != 2
-    ours, gradient = jax.value_and_grad(lambda z: exact_kl(z, jnp.asarray(ref_logits, jnp.float32), temperature=1.0).sum())(
-        jnp.asarray(np.where(keep, logits, floor), jnp.float32)
-    )
+    ours, gradient = jax.value_and_grad(
+        lambda z: exact_kl(z, jnp.asarray(ref_logits, jnp.float32), temperature=1.0).sum()
+    )(jnp.asarray(np.where(keep, logits, floor), jnp.float32))
     log_p, log_q = log_softmax64(logits[:, keep]), log_softmax64(ref_logits)[:, keep]
     np.testing.assert_allclose(ours, (np.exp(log_p) * (log_p - log_q)).sum(), rtol=1e-5)
     assert np.isfinite(gradient).all()

@@ -1,5 +1,6 @@
 """The clipped losses and the weights that reduce them."""
 
+import itertools
 import math
 
 import jax
@@ -83,7 +84,9 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient_exactly(seed):
 def test_with_epsilon_to_infinity_the_loss_is_the_unclipped_one(seed):
     policy, old, advantages, _ = draw(seed, spread=2.0)
     loss, gradient = jax.value_and_grad(
-        lambda policy: jnp.sum(losses.clipped_policy_loss(policy, jnp.asarray(old), jnp.asarray(advantages), clip_eps=1e30))
+        lambda policy: jnp.sum(
+            losses.clipped_policy_loss(policy, jnp.asarray(old), jnp.asarray(advantages), clip_eps=1e30)
+        )
     )(jnp.asarray(policy))
     unclipped = -np.exp(policy.astype(np.float64) - old) * advantages
     np.testing.assert_allclose(loss, unclipped.sum(), rtol=1e-5, atol=1e-5)
@@ -206,7 +209,7 @@ def test_any_partition_into_micro_batches_adds_up_to_the_whole(name, seed, cuts)
     whole_batch = policy, old, advantages, np.asarray(WEIGHTS[name](jnp.asarray(mask)))
     whole, whole_gradient = loss_and_gradient(*whole_batch)
     edges = [0, *sorted(cuts), B]
-    parts = [loss_and_gradient(*(x[a:b] for x in whole_batch)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [loss_and_gradient(*(x[a:b] for x in whole_batch)) for a, b in itertools.pairwise(edges)]
     np.testing.assert_allclose(sum(float(value) for value, _ in parts), whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.concatenate([gradient for _, gradient in parts]), whole_gradient, rtol=1e-6)
 
@@ -214,7 +217,7 @@ def test_any_partition_into_micro_batches_adds_up_to_the_whole(name, seed, cuts)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30, -1e30])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_masked_values_even_nan_change_neither_loss_nor_gradient(name, poison):
-    """The composition of the update: log-probs, old log-probs and advantages pass through `zero_masked`, then the loss."""
+    """As the update composes it: log-probs, old log-probs and advantages pass through `zero_masked` first."""
     policy, old, advantages, mask = draw(3)
     mask_array = jnp.asarray(mask)
 

@@ -60,7 +60,9 @@ def test_reductions_along_an_axis_leave_empty_rows_at_zero(seed):
     x, mask = draw(seed, empty_row=True)
     poison = poisoned(x, mask, float("nan"))
     for ours, numpy_reduction in (REDUCTIONS["sum"], REDUCTIONS["mean"]):
-        expected = [numpy_reduction(row[m].astype(np.float64)) if m.any() else 0.0 for row, m in zip(x, mask, strict=True)]
+        expected = [
+            numpy_reduction(row[m].astype(np.float64)) if m.any() else 0.0 for row, m in zip(x, mask, strict=True)
+        ]
         np.testing.assert_allclose(ours(poison, jnp.asarray(mask), axis=1), expected, rtol=2e-6, atol=1e-6)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
 
-
 draw_uniforms = jax.jit(rollout_uniforms, static_argnames="length")
 
 

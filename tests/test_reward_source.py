@@ -9,7 +9,11 @@ ANSWERS = ["one", "two", "three"]
 
 
 def test_a_reward_sees_prompts_and_answers_in_order_and_gives_float32():
-    scores = score_answers(lambda prompts, answers: [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], ["", "a", "b"], ANSWERS)
+    scores = score_answers(
+        lambda prompts, answers: [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)],
+        ["", "a", "b"],
+        ANSWERS,
+    )
     assert scores.dtype == np.float32
     assert scores.tolist() == [3, 4, 6]
 

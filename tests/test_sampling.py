@@ -1,5 +1,7 @@
 """The kept sets of top-k and top-p, and the inverse CDF, against references that sort."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +43,9 @@ def sorted_keep(row, temperature, top_p, top_k):
     return set(order)
 
 
-@given(
-    seed=seeds,
-    temperature=st.sampled_from([0.7, 1.0]),
-    top_p=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-    top_k=st.sampled_from([0, 1, 5, V]),
-)
-def test_the_kept_tokens_are_those_of_sorting_top_k_then_top_p(seed, temperature, top_p, top_k):
+@given(seed=seeds, cuts=st.sampled_from([(0.7, 0.9, 5), (1.0, 0.5, 0), (1.0, 0.6, 2), (1.0, 1.0, 5), (1.0, 0.0, 3)]))
+def test_the_kept_tokens_are_those_of_sorting_top_k_then_top_p(seed, cuts):
+    temperature, top_p, top_k = cuts
     logits = draw_logits(seed)
     weights = np.asarray(weights_of(logits, temperature=temperature, top_p=top_p, top_k=top_k))
     for row, kept in zip(logits, weights, strict=True):
@@ -99,7 +97,7 @@ def test_p_of_one_and_k_of_zero_cut_nothing(seed):
 def test_a_larger_p_never_keeps_fewer_tokens(seed):
     logits = draw_logits(seed)
     kept = [np.asarray(weights_of(logits, temperature=1.0, top_p=p, top_k=0)) > 0 for p in (*TOP_P, 1.0)]
-    for smaller, larger in zip(kept[:-1], kept[1:], strict=True):
+    for smaller, larger in itertools.pairwise(kept):
         assert (larger | ~smaller).all()
 
 
@@ -180,15 +178,19 @@ def test_a_token_of_weight_zero_is_never_drawn_from_a_real_vocabulary(kind):
     weights[[0, 1, 511, 512, vocab - 1, vocab - 2]] = 0.0
     weights = (weights / weights.sum()).astype(np.float32)
     uniforms = np.concatenate([[0.0, 2**-24, 0.5, LARGEST, 1 - 2**-23], rng.random(11)]).astype(np.float32)
-    tokens = np.concatenate(
-        [draw_tokens(part, np.broadcast_to(weights, (4, vocab))) for part in np.split(uniforms, 4)]
-    )
+    tokens = np.concatenate([draw_tokens(part, np.broadcast_to(weights, (4, vocab))) for part in np.split(uniforms, 4)])
     assert tokens.max() < vocab
     assert (weights[tokens] > 0).all()
     exact = weights.astype(np.float64)
     upper = np.cumsum(exact) / exact.sum()
     for u, token in zip(uniforms.astype(np.float64), tokens, strict=True):
         assert upper[token] - exact[token] / exact.sum() - 1e-6 <= u <= upper[token] + 1e-6
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_logits_that_are_nan_still_give_an_id_inside_of_the_vocabulary(top_p):
+    tokens = sample(jnp.full((B,), 0.5), jnp.full((B, V), jnp.nan), temperature=1.0, top_p=top_p)
+    assert ((tokens >= 0) & (tokens < V)).all()
 
 
 def test_frequencies_follow_the_probabilities():

@@ -123,9 +123,7 @@ ROPE_KEYS = {
 def _rope(parameters: dict[str, Any], head_dim: int) -> RopeSpec:
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_KEYS:
-        raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}"
-        )
+        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
     unknown = set(parameters) - ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta"}
     if unknown:
         raise UserError(

@@ -67,9 +67,7 @@ def load_config(directory: Path) -> PretrainedConfig:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("model_type") not in list(FAMILIES):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(
-            f"{file}: model_type {found!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
+        raise UserError(f"{file}: model_type {found!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     if raw.get("auto_map"):
         raise UserError(f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory")
     if raw.get("quantization_config"):
@@ -113,8 +111,8 @@ def load_params(directory: Path, config: PretrainedConfig, spec: DecoderSpec, *,
         embedding = next(file_name[row.name] for row in rows if row.params == ("embed",))
         if not np.array_equal(_read_tensor(files[head], head), _read_tensor(files[embedding], embedding)):
             raise UserError(
-                f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {head} differs from "
-                f"{embedding}; set tie_word_embeddings to false to use it, or remove it from the file"
+                f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {head} differs "
+                f"from {embedding}; set tie_word_embeddings to false to use it, or remove it from the file"
             )
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
 

@@ -85,7 +85,8 @@ def inverse_cdf(uniforms: Float[Array, " B"], weights: Float[Array, "B V"]) -> I
     block_sums = jnp.sum(grid, axis=-1)
     block, rest = _first_exceeding(block_sums, uniforms.astype(weights.dtype) * jnp.sum(block_sums, axis=-1))
     chosen = jnp.take_along_axis(grid, block[:, None, None], axis=1)[:, 0]
-    return block * width + _first_exceeding(chosen, rest)[0]
+    # Only a row of NaN or zeros can end in the padding of the last block: an id outside of the vocabulary spreads.
+    return jnp.minimum(block * width + _first_exceeding(chosen, rest)[0], vocab - 1)
 
 
 def sample_tokens(

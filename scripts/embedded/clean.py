@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, nargs="+", help="JSONL files made by scripts.embedded.sample")
     parser.add_argument("--out", type=Path, default=Path("scripts/data/reviews.jsonl.gz"), help="file to write")
-    parser.add_argument("--min_word_count", type=int, default=4, help="every word must occur in so many reviews")
+    parser.add_argument("--min_word_count", type=int, default=3, help="every word must occur in so many reviews")
     parser.add_argument("--seen_share", type=float, default=0.5, help="share of 4-grams that may have occurred before")
     args = parser.parse_args()
     reviews = [json.loads(line) for path in args.raw for line in path.read_text().splitlines()]

@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory made by scripts.fetch_smollm2")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after the batch that passes this time")
-    parser.add_argument("--batches", type=int, default=70, help="stop when the file holds this many")
+    parser.add_argument("--batches", type=int, default=53, help="stop when the file holds this many")
     parser.add_argument("--things", type=int, default=32, help="things asked about in one batch")
     parser.add_argument("--per_thing", type=int, default=8, help="answers for each of them")
     parser.add_argument("--temperature", type=float, default=0.75, help="sampling temperature (top-p is 1)")

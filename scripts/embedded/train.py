@@ -2,8 +2,8 @@
 
     python -m scripts.embedded.train --reviews scripts/data/reviews.jsonl.gz --out ppo_jax/assets
 
-Writes `tiny_reviews/` (weights, tokenizer, model card) and `prompts.jsonl` below --out, after every epoch that lowers
-the held-out perplexity: stopping the run early leaves the best model so far.
+Writes `tiny_reviews/` (weights, tokenizer, model card) and `prompts.jsonl` below --out, with the weights of the epoch
+that had the lowest held-out perplexity. Ctrl-C ends the training early and writes the best so far.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import random
-from collections import Counter
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +116,22 @@ def token_losses(model: LlamaForCausalLM, rows: list) -> tuple[torch.Tensor, tor
     return losses.view(is_real.shape) * is_real, is_response
 
 
+def train_epoch(model: LlamaForCausalLM, epoch_batches: list, optimizer, schedule) -> float:
+    """One pass over the batches; the mean loss per token."""
+    model.train()
+    total = count = 0.0
+    for batch in epoch_batches:
+        losses, _ = token_losses(model, batch)
+        n = sum(len(ids) - 1 for ids, _ in batch)
+        (losses.sum() / n).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        total, count = total + losses.sum().item(), count + n
+    return total / count
+
+
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, rows: list) -> float:
     """Per response token, the EOS among them."""
@@ -129,8 +145,10 @@ def perplexity(model: LlamaForCausalLM, rows: list) -> float:
 
 
 @torch.no_grad()
-def sample_stats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, things: list[str], n: int) -> dict:
-    """What the model says at temperature 1 when asked about `n` things, and how it scores."""
+def sample_stats(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, things: list[str], n: int
+) -> tuple[dict, list]:
+    """How the model's answers at temperature 1 look as numbers, and the answers: (thing, answer, VADER compound)."""
     model.eval()
     torch.manual_seed(0)
     asked = [things[i % len(things)] for i in range(n)]
@@ -144,7 +162,7 @@ def sample_stats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, th
     answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
     vader = SentimentIntensityAnalyzer()
     scores = torch.tensor([vader.polarity_scores(answer)["compound"] for answer in answers])
-    return {
+    stats = {
         "n_samples": n,
         "mean_length": lengths.float().mean().item(),
         "ended": ended.float().mean().item(),
@@ -153,8 +171,8 @@ def sample_stats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, th
         "vader_std": scores.std(correction=0).item(),
         "vader_negative": (scores < -0.05).float().mean().item(),
         "vader_positive": (scores > 0.05).float().mean().item(),
-        "samples": [(t, a, s) for t, a, s in zip(asked, answers, scores.tolist(), strict=True)],
     }
+    return stats, list(zip(asked, answers, scores.tolist(), strict=True))
 
 
 def rounded_to_bfloat16(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -167,7 +185,7 @@ def rounded_to_bfloat16(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def write_assets(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict) -> None:
     """The model directory, with a card that states `facts`."""
     folder = out / "tiny_reviews"
-    model = rounded_to_bfloat16(model).bfloat16()
+    model = rounded_to_bfloat16(model).bfloat16()  # a copy: the caller's stays float32
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -189,11 +207,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--kv_heads", type=int, default=3)
     parser.add_argument("--mlp", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=12, help="also sets the cosine schedule of the learning rate")
+    parser.add_argument("--epochs", type=int, default=8, help="also sets the cosine schedule of the learning rate")
     parser.add_argument("--batch_size", type=int, default=32, help="reviews in a step")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="at its peak")
     parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the embeddings and of what each block adds")
+    parser.add_argument("--dropout", type=float, default=0.15, help="of the embeddings and of what each block adds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -205,8 +223,6 @@ def main() -> None:
     reviews = [json.loads(line) for line in gzip.decompress(args.reviews.read_bytes()).splitlines()]
     train_reviews = [r for r in reviews if r["split"] == "train"]
     things = sorted({r["thing"] for r in train_reviews})
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt(t)}) + "\n" for t in things))
 
     tokenizer = make_tokenizer([f"{prompt(r['thing'])} {r['text']}" for r in train_reviews], args.vocab_size)
     rows = encode(tokenizer, train_reviews)
@@ -243,35 +259,27 @@ def main() -> None:
     rng = random.Random(args.seed)
     n_steps = args.epochs * math.ceil(len(rows) / args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=n_steps + args.epochs, pct_start=0.05, cycle_momentum=False
+        optimizer, args.learning_rate, total_steps=n_steps, pct_start=0.05, cycle_momentum=False
     )
-    best = math.inf
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        sums: Counter = Counter()
-        for batch in batches(rows, args.batch_size, rng):
-            losses, _ = token_losses(model, batch)
-            n = sum(len(ids) - 1 for ids, _ in batch)
-            (losses.sum() / n).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            sums.update(loss=losses.sum().item(), tokens=n)
-        shipped = rounded_to_bfloat16(model)
-        held_out_perplexity = perplexity(shipped, held_out)
-        print(
-            f"epoch {epoch}: training loss {sums['loss'] / sums['tokens']:.3f}, "
-            f"held-out perplexity {held_out_perplexity:.2f}",
-            flush=True,
-        )
-        if held_out_perplexity < best:
-            best = held_out_perplexity
-            stats = sample_stats(shipped, tokenizer, things, 512)
-            samples = stats.pop("samples")
-            write_assets(args.out, model, tokenizer, {**facts, **stats, "perplexity": best, "best_epoch": epoch})
-    print(f"tokens seen: {args.epochs * n_tokens:,} ({args.epochs} epochs)")
-    print({name: round(value, 3) for name, value in stats.items()})
+    best_perplexity, best_epoch, best = math.inf, 0, model
+    try:
+        for epoch in range(1, args.epochs + 1):
+            began = time.monotonic()
+            loss = train_epoch(model, list(batches(rows, args.batch_size, rng)), optimizer, schedule)
+            shipped = rounded_to_bfloat16(model)
+            found = perplexity(shipped, held_out)
+            seconds = time.monotonic() - began
+            print(f"epoch {epoch}: loss {loss:.3f}, held-out perplexity {found:.2f}, {seconds:.0f} s", flush=True)
+            if found < best_perplexity:
+                best_perplexity, best_epoch, best = found, epoch, shipped
+    except KeyboardInterrupt:
+        print("stopped; writing the best so far")
+    stats, samples = sample_stats(best, tokenizer, things, 1024)
+    facts |= {**stats, "perplexity": best_perplexity, "best_epoch": best_epoch}
+    write_assets(args.out, best, tokenizer, facts)
+    (args.out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt(t)}) + "\n" for t in things))
+    for name, value in facts.items():
+        print(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value:,}")
     for thing, answer, score in samples[:: len(samples) // 24]:
         print(f"{score:+.2f} | {prompt(thing)}{answer}")
 

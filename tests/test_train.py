@@ -1,0 +1,258 @@
+"""Whole runs on a model of a few thousand parameters, as a user starts them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ppo_jax
+from ppo_jax import build, train
+from ppo_jax.config import load
+from ppo_jax.errors import UserError
+from ppo_jax.tracing import compilations
+from tests.tiny import PROMPTS
+
+SMALL = {
+    "rollout.batch_size": 16,
+    "rollout.max_new_tokens": 10,
+    "update.minibatch_size": 8,
+    "update.epochs": 2,
+    "update.learning_rate": 1e-2,
+    "run.iterations": 4,
+    "monitor.sample_every": 2,
+    "monitor.tensorboard": False,
+    "kl.coef": 0.01,
+}
+
+
+def vowel_share(prompts, answers):
+    """Share of vowels, a reward that a random model can climb at once."""
+    return [sum(letter in "aeiou" for letter in answer) / max(len(answer), 1) for answer in answers]
+
+
+def run(tiny_model, directory, *, reward=vowel_share, resume=None, **changes):
+    settings = SMALL | {"model.path": str(tiny_model), "run.dir": str(directory)}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    if resume is not None:
+        return ppo_jax.fine_tune(changes, reward=reward, prompts=PROMPTS, resume=resume)
+    return ppo_jax.fine_tune(settings, reward=reward, prompts=PROMPTS)
+
+
+def rows_without_times(result):
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in result.metrics]
+
+
+@pytest.fixture(scope="module")
+def long_run(tiny_model, tmp_path_factory):
+    before = dict(compilations)
+    result = run(
+        tiny_model,
+        tmp_path_factory.mktemp("long") / "run",
+        run__iterations=15,
+        rollout__batch_size=32,
+        update__minibatch_size=16,
+    )
+    return result, {name: count - before.get(name, 0) for name, count in compilations.items()}
+
+
+def test_the_score_rises_clearly_while_the_kl_stays_bounded(long_run):
+    rows = long_run[0].metrics
+    scores = [row["score/mean"] for row in rows]
+    assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2
+    assert rows[0]["kl/seq_nats"] < 1e-6
+    assert 1 < rows[-1]["kl/seq_nats"] < 60
+    assert all(row["update/optimizer_steps"] == 4 for row in rows)
+
+
+def test_a_run_compiles_every_function_a_handful_of_times(long_run):
+    _, counts = long_run
+    # The rollout for the batch and for the fixed prompts; the others once per bucket of the response, 8 and 10.
+    assert counts["rollout"] <= 3
+    assert counts["score"] <= 2
+    assert counts["update"] <= 2
+
+
+def test_every_promised_metric_is_written_every_iteration(long_run):
+    names = """score/mean score/std reward/mean kl/seq_nats kl/token_nats kl/k1_seq_nats kl/coef
+        response/len_mean_tokens response/truncated_frac logprob/mean logprob/q05 logprob/q25 logprob/q50 logprob/q75
+        logprob/q95 policy/entropy_nats policy/approx_kl_nats policy/clip_frac policy/ratio_max
+        rollout/logprob_gap_max rollout/kept_mass loss/policy update/grad_norm update/param_rel_change
+        update/optimizer_steps time/rollout_s time/reward_s time/score_s time/update_s time/iteration_s
+        throughput/response_tokens_per_s""".split()
+    rows = [json.loads(line) for line in (long_run[0].directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(15))
+    for row in rows:
+        assert set(names) <= set(row)
+        assert all(np.isfinite(row[name]) for name in names)
+
+
+def test_the_exported_policy_is_the_trained_one_in_transformers(long_run):
+    result = long_run[0]
+    model = AutoModelForCausalLM.from_pretrained(result.policy_directory)
+    embedding = model.get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(embedding, np.asarray(result.state.params["embed"]))
+    assert model.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(result.policy_directory)
+    inputs = tokenizer("the soup was", return_tensors="pt")
+    torch.manual_seed(0)
+    outputs = model.generate(**inputs, do_sample=True, max_new_tokens=10, num_return_sequences=32)
+    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert np.mean(vowel_share(None, texts)) > long_run[0].metrics[0]["score/mean"] + 0.1
+
+
+def test_fixed_prompts_are_answered_at_the_start_half_way_and_at_the_end(long_run):
+    rows = [json.loads(line) for line in (long_run[0].directory / "samples.jsonl").read_text().splitlines()]
+    steps = sorted({row["step"] for row in rows})
+    assert {0, 7, 15} <= set(steps)
+    assert all(sum(row["step"] == step for row in rows) == 4 for step in steps)
+
+
+def test_two_runs_with_one_seed_write_the_same_numbers_and_another_seed_does_not(tiny_model, tmp_path):
+    first, second, other = (
+        run(tiny_model, tmp_path / name, run__seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert rows_without_times(first) == rows_without_times(second)
+    jax.tree.map(np.testing.assert_array_equal, first.state.params, second.state.params)
+    assert rows_without_times(first) != rows_without_times(other)
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_ends_bit_for_bit(tiny_model, tmp_path):
+    whole = run(tiny_model, tmp_path / "whole")
+    run(tiny_model, tmp_path / "parts", run__iterations=2, checkpoint__save_every=1)
+    resumed = run(tiny_model, None, resume=tmp_path / "parts", **{"run.iterations": 4})
+    assert [row["step"] for row in resumed.metrics] == [2, 3]
+    assert rows_without_times(resumed) == rows_without_times(whole)[2:]
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    written = (resumed.directory / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in written] == [0, 1, 2, 3]
+
+
+def test_resuming_refuses_what_would_change_the_meaning(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "run", run__iterations=1, checkpoint__save_every=1)
+    with pytest.raises(UserError, match=r"kl\.coef would change"):
+        run(tiny_model, None, resume=tmp_path / "run", **{"kl.coef": 1.0})
+
+
+def test_the_kl_budget_and_the_time_limit_end_a_run_cleanly(tiny_model, tmp_path):
+    budget = run(tiny_model, tmp_path / "kl", run__max_seq_kl_nats=1e-4, run__iterations=10)
+    assert "KL budget" in budget.stop_reason
+    assert 1 < len(budget.metrics) < 10
+    assert (budget.policy_directory / "model.safetensors").is_file()
+    late = run(tiny_model, tmp_path / "time", run__max_wall_clock_s=1e-3)
+    assert "time limit" in late.stop_reason
+    assert len(late.metrics) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__compute_dtype": "bfloat16"},
+        {"rollout__answers_per_prompt": 4, "advantage__estimator": "whitened_batch_mean"},
+        {"rollout__temperature": 0.7, "rollout__top_p": 0.9, "rollout__top_k": 50, "rollout__min_new_tokens": 3},
+        {"update__normaliser": "token_mean", "update__micro_batch_size": 2, "update__remat": True},
+        {"update__normaliser": "sequence_mean", "update__schedule": "cosine", "update__warmup_steps": 2},
+    ],
+)
+def test_the_checks_of_step_zero_hold_for_every_option(tiny_model, tmp_path, changes):
+    result = run(tiny_model, tmp_path / "run", run__iterations=2, **changes)
+    first, second = result.metrics
+    assert first["kl/seq_nats"] < 1e-6
+    assert second["kl/seq_nats"] > 1e-6
+    if "rollout__min_new_tokens" in changes:
+        assert first["response/len_mean_tokens"] > 3
+        assert first["rollout/kept_mass"] < 0.999
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run_before_the_first_step(tiny_model, tmp_path):
+    config = load(overrides=SMALL | {"model.path": str(tiny_model), "run.dir": str(tmp_path / "run")})
+    made, state = build.build(config, reward=vowel_share, prompts=PROMPTS)
+    moved = replace(made, ref_params=jax.tree.map(lambda x: x * 1.01, made.ref_params))
+    with pytest.raises(UserError, match="step-0 check: KL"):
+        train.train(moved, state)
+
+
+def test_a_reference_that_moves_stops_the_run(tiny_model, tmp_path, monkeypatch):
+    config = load(overrides=SMALL | {"model.path": str(tiny_model), "run.dir": str(tmp_path / "run")})
+    made, state = build.build(config, reward=vowel_share, prompts=PROMPTS)
+    original = train.ppo_iteration
+
+    def trains_the_reference_along_the_way(run, state, clock):
+        state, numbers = original(run, state, clock)
+        run.ref_params["final_norm"]["scale"] = state.params["final_norm"]["scale"]
+        return state, numbers
+
+    monkeypatch.setattr(train, "ppo_iteration", trains_the_reference_along_the_way)
+    with pytest.raises(UserError, match="reference model moved"):
+        train.train(made, state)
+
+
+def test_a_reward_that_becomes_infinite_stops_the_run_and_names_the_answer(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="inf for answer"):
+        run(tiny_model, tmp_path / "run", reward=lambda prompts, answers: [float("inf")] * len(answers))
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "ppo_jax.train", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_trains_from_a_yaml_file_and_reports_the_run(tiny_model, tmp_path):
+    (tmp_path / "rewards.py").write_text("def score(prompts, answers):\n    return [len(a) / 10 for a in answers]\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    sections: dict = {}
+    settings = SMALL | {"model.path": str(tiny_model), "prompts.path": "p.jsonl", "reward.function": "rewards:score"}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sections))
+    done = command("--config", "recipe.yaml", "--run.dir", "out", "--run.iterations", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Policy, in Hugging Face format" in done.stdout
+    assert "compiling rollout for B=16" in done.stdout
+    resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert resolved["run"]["iterations"] == 2
+    assert resolved["reward"]["function"] == "rewards:score"
+    assert {"jax", "python", "devices"} <= set(json.loads((tmp_path / "out" / "versions.json").read_text()))
+    again = command("--config", "recipe.yaml", "--run.dir", "out", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_a_wrong_configuration_is_refused_whole_before_any_model_loads(tmp_path):
+    done = command(
+        "--update.epoch", 4, "--kl.coef", -1, "--rollout.batch_size", 30, "--model.path", "absent", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    for part in ("did you mean update.epochs", "kl.coef", "rollout.batch_size (30)", "3 problems"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "absent" not in done.stderr
+
+
+def test_a_model_directory_that_is_not_there_is_named_as_given_and_as_resolved(tmp_path):
+    done = command("--model.path", "./absent", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'./absent'" in done.stderr
+    assert str(tmp_path / "absent") in done.stderr
+
+
+def test_the_dry_run_prints_a_plan_and_writes_nothing(tiny_model, tmp_path):
+    done = command("--model.path", tiny_model, "--dry_run", "--rollout.max_new_tokens", 16, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("reference, float32", "while in update", "s per iteration", "64 answers of up to 16 tokens"):
+        assert part in " ".join(done.stdout.split())
+    assert list(tmp_path.iterdir()) == []
