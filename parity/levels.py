@@ -123,7 +123,7 @@ def divergences(pair: Pair) -> Iterator[Row]:
         k1, k3 = numpy_of(torch_ops.k1(*sampled)), numpy_of(torch_ops.k3(*sampled))
         per_token.append({"exact": scored["token_kl"], "k1": k1, "k3": k3})
     for name in ("exact", "k1", "k3"):
-        # k1 is a difference of two log-probs and keeps their errors whole; k3 holds a ratio, as exact as they relatively.
+        # k1 keeps the errors of two log-probs whole; k3 is as exact as they are relative to its size.
         scale = {"exact": 1.0, "k1": 4.0, "k3": max(1.0, float(per_token[1]["k3"].max()))}[name]
         ours, theirs = ({f"token {name}": stack[name][mask]} for stack in per_token)
         yield row_of(pair, "L5", f"{name} KL per token", ours, theirs, scale=scale)

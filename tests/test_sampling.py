@@ -107,6 +107,13 @@ def test_top_k_keeps_exactly_k_distinct_tokens(top_k):
     np.testing.assert_array_equal(kept.sum(1), [min(top_k, V)] * B)
 
 
+def test_the_cuts_are_exact_between_probabilities_that_differ_in_the_last_bits():
+    logits = (2e-6 * np.random.default_rng(0).permutation(V)).astype(np.float32)[None]
+    for options in ({"top_p": 1.0, "top_k": 3}, {"top_p": 2.5 / V, "top_k": 0}):
+        kept = np.asarray(weights_of(logits, temperature=1.0, **options))[0] > 0
+        assert set(np.flatnonzero(kept)) == set(np.argsort(logits[0])[-3:])
+
+
 def test_top_p_is_taken_of_what_top_k_left_renormalised():
     # After top-k 2 the first token has 0.5 / 0.8 = 0.625 of the mass and is enough for p = 0.6; of the whole it is not.
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))

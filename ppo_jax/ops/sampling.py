@@ -97,5 +97,8 @@ def sample_tokens(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> Int[Array, " B"]:
-    """One token per row, a deterministic function of the row's own uniform in [0, 1) and its own logits."""
+    """One token per row, a deterministic function of the row's own uniform in [0, 1) and its own logits.
+
+    A float32 uniform of JAX has 23 bits: tokens of probability below about 1e-7 come with a quantised frequency.
+    """
     return inverse_cdf(uniforms, truncated_weights(logits, temperature=temperature, top_p=top_p, top_k=top_k))
