@@ -43,7 +43,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     dir: NonEmpty | None = Field(default=None, description="run directory; by default runs/ and the time of the start")
     seed: Seed = Field(default=0, description="every random draw is a function of this and the iteration")
-    iterations: Positive = Field(default=60, description="PPO iterations: answer, score, update")
+    iterations: Positive = Field(default=30, description="PPO iterations: answer, score, update")
     max_wall_clock_s: PositiveFloat | None = Field(
         default=None, description="end cleanly after the first iteration that passes this many seconds"
     )
@@ -121,11 +121,11 @@ class UpdateConfig(Section):
     micro_batch_size: Positive | None = Field(
         default=None, description="answers per forward pass, in scoring too; by default the minibatch"
     )
-    learning_rate: PositiveFloat = Field(default=3e-4, description="peak learning rate of AdamW")
+    learning_rate: PositiveFloat = Field(default=2e-4, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="after the warm-up: constant, or a decay that reaches 0 when the run ends"
     )
-    warmup_steps: NonNegative = Field(default=0, description="optimizer steps of linear warm-up from 0")
+    warmup_steps: NonNegative = Field(default=0, description="optimizer steps of linear warm-up, from above 0")
     clip_eps: PositiveFloat = Field(default=0.2, description="ε: the ratio is clipped to [1 − ε, 1 + ε]")
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="global norm the gradient is clipped to; null is off"
