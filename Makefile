@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of PyTorch where pip finds one; only the twin, parity and tests need it.
+# Only the twin, parity and tests need it; the default index of pip may bring a CUDA build of several GB. With another
+# index: make test TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 SMOLLM2 := models/SmolLM2-135M-Instruct
 

@@ -98,6 +98,7 @@ def advantage(dtype: str) -> Iterator[Row]:
     for compared, call in (
         ("token rewards", call_both(dtype, rewards.token_rewards, scores, token_k1, mask, kl_coef=0.1)),
         ("batch mean", call_both(dtype, advantages.batch_mean_advantages, token_rewards, mask)),
+        ("whitened batch mean", call_both(dtype, advantages.whitened_batch_mean_advantages, token_rewards, mask)),
         ("whitened", call_both(dtype, advantages.whiten, token_rewards, mask)),
         ("whitened large equal rewards", call_both(dtype, advantages.whiten, equal, mask)),
         ("GAE", call_both(dtype, advantages.gae_advantages, token_rewards, values, mask, **discounting)),

@@ -4,6 +4,7 @@
 functions for loops of your own.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppo_jax.config import Config
     from ppo_jax.train import RunResult
+
+# Without torch transformers prints that models will not be available; the one here needs none of them.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 __all__ = ["fine_tune"]
@@ -32,11 +36,18 @@ def fine_tune(
     """
     # Imported here so that `import ppo_jax.ops` needs nothing but JAX.
     from ppo_jax.build import build
-    from ppo_jax.config import Config, load, load_resumed
+    from ppo_jax.config import Config, load, load_resumed, parse
+    from ppo_jax.errors import UserError
     from ppo_jax.train import train
 
+    if isinstance(prompts, str):
+        raise UserError("prompts: got one text, expected a list of texts")
     if resume is not None:
-        config = load_resumed(Path(resume), config if isinstance(config, dict) else {})
-    elif not isinstance(config, Config):
+        if config is not None and not isinstance(config, dict):
+            raise UserError("resume takes the configuration of the run; config may only be a dictionary of overrides")
+        config = load_resumed(Path(resume), config or {})
+    elif isinstance(config, Config):
+        config = parse(config.model_dump(), where="Config")  # what a constructor cannot check: how fields fit together
+    else:
         config = load(overrides=config) if isinstance(config, dict) else load(config)
     return train(*build(config, reward=reward, prompts=prompts, resume=resume is not None))

@@ -27,6 +27,8 @@ from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import Params
 from ppo_jax.models.hf_io import ModelDirectory
+from ppo_jax.monitor.invariants import digest
+from ppo_jax.monitor.sinks import check_sinks
 from ppo_jax.ops import advantages, kl, losses, rewards
 from ppo_jax.prompts import Prompts, load_prompts
 from ppo_jax.records import Rollout, Scored, TrainState
@@ -35,6 +37,7 @@ from ppo_jax.rollout import Endings, Sampling
 from ppo_jax.stop_strings import stop_table
 from ppo_jax.update import Objective, make_optimizer
 
+DESCRIPTION = "versions.json"
 WATCHED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "orbax-checkpoint")
 
 
@@ -70,11 +73,15 @@ def build(
 ) -> tuple[Run, TrainState]:
     """Load and check everything, then make the run directory. Nothing is written before all checks have passed."""
     directory = run_directory(config, resume=resume)
+    from_python = [name for name, given in (("reward", reward), ("prompts", prompts)) if given is not None]
+    if resume:
+        check_resumable(directory, from_python)
+    check_sinks(config.monitor)
+    reward = load_function(config.reward.function) if reward is None else reward
     model = open_model(config)
     loaded_prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
     fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
     check_tokens(config, model, loaded_prompts, fixed_prompts)
-    reward = load_function(config.reward.function) if reward is None else reward
     endings = make_endings(config, model)
     _float32_means_float32(config)
 
@@ -96,11 +103,14 @@ def build(
         objective=make_objective(config, model),
         optimizer=optimizer,
     )
-    state = TrainState(step=jnp.zeros((), jnp.int32), params=initial, opt_state=optimizer.init(initial))
+    reference_digest = digest(run.ref_params)
     if resume:
-        state = checkpoint.restore_newest(directory / "checkpoints", state)
+        check_reference(directory, reference_digest)
+        like = TrainState(jnp.zeros((), jnp.int32), initial, jax.eval_shape(optimizer.init, initial))
+        state = checkpoint.restore_newest(directory / "checkpoints", like)
     else:
-        _make_directory(directory, config)
+        state = TrainState(jnp.zeros((), jnp.int32), initial, optimizer.init(initial))
+    _write_description(directory, config, reference_digest, from_python)
     return run, state
 
 
@@ -112,17 +122,12 @@ def k1_token_rewards(
     return rewards.token_rewards(seq_scores, token_k1, response_mask, kl_coef=kl_coef)
 
 
-def whitened_batch_mean_advantages(token_rewards: jax.Array, response_mask: jax.Array) -> jax.Array:
-    """Batch-mean advantages divided by their standard deviation over response tokens."""
-    return advantages.whiten(advantages.batch_mean_advantages(token_rewards, response_mask), response_mask)
-
-
 def pick_advantages(config: Config) -> Callable[..., jax.Array]:
     match config.advantage.estimator:
         case "batch_mean":
             return advantages.batch_mean_advantages
         case "whitened_batch_mean":
-            return whitened_batch_mean_advantages
+            return advantages.whitened_batch_mean_advantages
 
 
 def pick_loss_weights(config: Config) -> Callable[..., jax.Array]:
@@ -191,7 +196,10 @@ def eos_token_ids(config: Config, model: ModelDirectory) -> list[int]:
     found.add(tokenizer.eos_token_id)
     generation_config = model.path / hf_io.GENERATION_CONFIG
     if generation_config.is_file():
-        stated = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            stated = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{generation_config} is not a JSON object: {error}") from error
         found |= set(stated) if isinstance(stated, list) else {stated}
     found.discard(None)
     if not found:
@@ -203,7 +211,7 @@ def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -
     """Ids within the embedding (JAX would clamp others silently) and sequences within the model's positions."""
     spec = model.spec
     encoded = [tokens for prompts in prompt_sets for tokens in prompts.encoded]
-    largest = max(max(tokens) for tokens in encoded)
+    largest = max(max(tokens, default=0) for tokens in [*encoded, eos_token_ids(config, model)])
     if largest >= spec.vocab_size:
         raise UserError(
             f"the tokenizer of {model.path} gives token id {largest}, but the embedding has {spec.vocab_size} rows; "
@@ -240,11 +248,39 @@ def run_directory(config: Config, *, resume: bool) -> Path:
     return directory
 
 
-def _make_directory(directory: Path, config: Config) -> None:
+def check_resumable(directory: Path, from_python: list[str]) -> None:
+    """What can be refused before the model loads: no checkpoint, or a reward or prompts that only Python can give."""
+    checkpoint.newest(directory / "checkpoints")
+    missing = sorted(set(_description(directory).get("from_python", [])) - set(from_python))
+    if missing:
+        raise UserError(
+            f"--resume: {' and '.join(missing)} of {directory} came from Python; continue it with "
+            f"ppo_jax.fine_tune(resume=..., {', '.join(f'{name}=...' for name in missing)})"
+        )
+
+
+def check_reference(directory: Path, reference_digest: str) -> None:
+    """A continued run keeps its reference: another one would be a fresh KL budget."""
+    expected = _description(directory).get("reference_digest", reference_digest)
+    if expected != reference_digest:
+        raise UserError(
+            f"--resume: the model at model.path is not the one {directory} began with (digest {reference_digest}, "
+            f"expected {expected}); the reference would change"
+        )
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    file = directory / DESCRIPTION
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _write_description(directory: Path, config: Config, reference_digest: str, from_python: list[str]) -> None:
+    """`config.yaml` as resolved, and what it was run with."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        (directory / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        described = versions() | {"reference_digest": reference_digest, "from_python": from_python}
+        (directory / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from error
 

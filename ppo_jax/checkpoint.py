@@ -25,24 +25,30 @@ def saved_steps(directory: Path) -> dict[int, Path]:
 def save(directory: Path, state: TrainState, *, keep: int) -> Path:
     """Write the state as `step_XXXXXXXX` and drop all but the newest `keep`."""
     path = directory.absolute() / f"step_{int(state.step):08d}"
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, state, force=True)
+    if not path.exists():  # a state is a function of its step: the one that is there is the same
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state)
     for old in list(saved_steps(directory).values())[:-keep]:
         shutil.rmtree(old)
     return path
 
 
-def restore_newest(directory: Path, like: TrainState) -> TrainState:
-    """The newest state of a directory, in the shapes and dtypes of `like`."""
+def newest(directory: Path) -> Path:
+    """The newest complete checkpoint."""
     steps = saved_steps(directory)
     if not steps:
         raise UserError(f"--resume: there is no checkpoint in {directory}; was checkpoint.save_every set?")
+    return list(steps.values())[-1].absolute()
+
+
+def restore_newest(directory: Path, like: TrainState) -> TrainState:
+    """The newest state of a directory, in the shapes and dtypes of `like`."""
+    path = newest(directory)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(list(steps.values())[-1].absolute(), shapes)
+            return checkpointer.restore(path, shapes)
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
-            f"--resume: {list(steps.values())[-1]} does not fit this model and optimizer, or is damaged: "
-            f"{str(error).splitlines()[0]}"
+            f"--resume: {path} does not fit this model and optimizer, or is damaged: {str(error).splitlines()[0]}"
         ) from error

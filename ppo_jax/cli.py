@@ -1,7 +1,6 @@
 """The command line of `python -m ppo_jax.train` and `ppo-jax`: arguments in, messages and exit codes out."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ EXIT_INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit code 0 when the run ended as configured, 2 for anything the user can mend, 130 when interrupted."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -42,23 +40,25 @@ def run(arguments: Sequence[str]) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    # Imported here so that a bad configuration is refused before JAX and transformers load.
+    # Imported here: `ppo-jax --help` and a bad configuration need no JAX.
     if options.dry_run:
         from ppo_jax.plan import print_plan
 
-        print_plan(config)
+        print_plan(config, resume=options.resume is not None)
         return
     from ppo_jax.build import build
     from ppo_jax.train import train
 
     result = train(*build(config, resume=options.resume is not None))
-    first, last = result.metrics[0], result.metrics[-1]
-    print(
-        f"Score {first['score/mean']:+.3f} -> {last['score/mean']:+.3f}, "
-        f"KL {last['kl/seq_nats']:.3f} nats per sequence, "
-        f"length {first['response/len_mean_tokens']:.1f} -> {last['response/len_mean_tokens']:.1f} tokens.\n"
-        f"Run: {result.directory}\nPolicy, in Hugging Face format: {result.policy_directory}"
-    )
+    if result.metrics:
+        first, last = result.metrics[0], result.metrics[-1]
+        print(
+            f"From iteration {first['step']} to {last['step']}: score {first['score/mean']:+.3f} -> "
+            f"{last['score/mean']:+.3f}, KL {last['kl/seq_nats']:.3f} nats per sequence, length "
+            f"{first['response/len_mean_tokens']:.1f} -> {last['response/len_mean_tokens']:.1f} tokens."
+        )
+    print(f"Stopped: {result.stop_reason}.")
+    print(f"Run: {result.directory}\nPolicy, in Hugging Face format: {result.policy_directory}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -39,16 +39,21 @@ DType = Literal["float32", "bfloat16"]
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    if TYPE_CHECKING:  # pydantic makes it, for frozen models
+
+        def __hash__(self) -> int: ...
+
 
 class RunConfig(Section):
     dir: NonEmpty | None = Field(default=None, description="run directory; by default runs/ and the time of the start")
     seed: Seed = Field(default=0, description="every random draw is a function of this and the iteration")
     iterations: Positive = Field(default=30, description="PPO iterations: answer, score, update")
     max_wall_clock_s: PositiveFloat | None = Field(
-        default=None, description="end cleanly after the first iteration that passes this many seconds"
+        default=None, description="end cleanly after the first iteration that passes this many seconds of training"
     )
     max_seq_kl_nats: PositiveFloat | None = Field(
-        default=None, description="KL budget: end cleanly after the first iteration with kl/seq_nats above this"
+        default=None,
+        description="KL budget: end cleanly after the first iteration whose answers have kl/seq_nats above this",
     )
 
 
@@ -82,7 +87,7 @@ class PromptsConfig(Section):
 
 
 class RewardConfig(Section):
-    function: NonEmpty = Field(
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = Field(
         default="ppo_jax.rewards.sentiment:vader_compound",
         description="module:function of (prompts, answers), two lists of texts, that returns one float per answer",
     )
@@ -143,7 +148,7 @@ class UpdateConfig(Section):
 
 
 class MonitorConfig(Section):
-    fixed_prompts: tuple[str, ...] | None = Field(
+    fixed_prompts: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] | None = Field(
         default=None, description="prompts answered with fixed noise over time; by default the first 4 of the prompts"
     )
     sample_every: NonNegative = Field(
@@ -193,9 +198,9 @@ def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None
     Raises UserError with every problem at once: unknown keys with the nearest known name, types, ranges, and what does
     not fit together.
     """
-    values, where = {}, "command line" if overrides else "defaults"
+    values, where = {}, "overrides" if overrides else "defaults"
     if file is not None:
-        values, where = _read_yaml(Path(file)), str(file)
+        values, where = _read_yaml(Path(file)), f"{file}{' and overrides' if overrides else ''}"
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
@@ -417,7 +422,15 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 # What may differ between a run and its continuation without changing what was computed so far.
-RESUMABLE = ("run.iterations", "run.max_wall_clock_s", "run.max_seq_kl_nats", "monitor.", "checkpoint.")
+RESUMABLE = (
+    "run.iterations",
+    "run.max_wall_clock_s",
+    "run.max_seq_kl_nats",
+    "monitor.sample_every",
+    "monitor.tensorboard",
+    "monitor.wandb_project",
+    "checkpoint.",
+)
 
 
 def load_resumed(directory: Path, overrides: dict[str, Any]) -> Config:
@@ -428,4 +441,11 @@ def load_resumed(directory: Path, overrides: dict[str, Any]) -> Config:
             f"--resume: {', '.join(refused)} would change what {directory} computes; only "
             f"{', '.join(key + ('*' if key.endswith('.') else '') for key in RESUMABLE)} may change"
         )
-    return load(directory / "config.yaml", {"run.dir": str(directory)} | overrides)
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"--resume: {directory} (resolved: {directory.absolute()}) is not a run directory")
+    config = load(directory / "config.yaml", {"run.dir": str(directory)} | overrides)
+    if config.update.schedule != "constant" and "run.iterations" in overrides:
+        raise UserError(
+            f"--resume: run.iterations cannot change, the {config.update.schedule} schedule of {directory} ends there"
+        )
+    return config

@@ -20,9 +20,9 @@ from ppo_jax.records import Experience, Rollout
 GIGABYTE = 1e9
 
 
-def print_plan(config: Config) -> None:
-    """Print the plan. Everything that `build` checks before weights are loaded is checked here too."""
-    build.run_directory(config, resume=False)
+def print_plan(config: Config, *, resume: bool) -> None:
+    """Print the plan; what `build` checks of model, prompts and reward is checked here too."""
+    build.run_directory(config, resume=resume)
     build.load_function(config.reward.function)
     model = build.open_model(config)
     prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)

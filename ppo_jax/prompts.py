@@ -48,7 +48,7 @@ class Prompts:
 
 
 def pad_left(texts: list[str], encoded: Sequence[list[int]]) -> PromptBatch:
-    """Token rows padded on the left to a power of two, so that few shapes are ever compiled."""
+    """Token rows padded on the left to a bucket, so that few shapes are ever compiled."""
     longest = max(len(tokens) for tokens in encoded)
     width = bucket(longest, smallest=SMALLEST_BUCKET, largest=2**31)
     tokens = np.zeros((len(encoded), width), np.int32)
@@ -67,8 +67,8 @@ def load_prompts(
     texts: Sequence[str] | None = None,
 ) -> Prompts:
     """Prompts of the configured source, or the given texts; every one encoded, checked and of a fitting length."""
+    where = config.path if texts is None else "given"
     texts = _read_texts(config) if texts is None else list(texts)
-    where = config.path
     problems, kept, encoded = [], [], []
     skipped = 0
     for i, text in enumerate(texts):
@@ -128,7 +128,7 @@ def _read_texts(config: PromptsConfig) -> list[str]:
                 rows = datasets.load_dataset(
                     loader, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
                 )
-        elif file.exists() or config.path.startswith((".", "/", "~")):
+        elif file.exists() or config.path.startswith((".", "/", "~")) or file.suffix in LOADERS:
             raise UserError(f"prompts.path: {config.path} (resolved: {file.absolute()}) is not a file")
         else:
             rows = datasets.load_dataset(config.path, split=config.split)

@@ -169,8 +169,8 @@ def _write_token(
     complete = endings.stop_table.shape[1] - 1
     string = jnp.arange(endings.stop_table.shape[0])[None]
     matched = endings.stop_table[string, progress.matched, tokens[:, None]]
-    # A stop string that is complete too early is forgotten, as an early EOS is not sampled.
-    matched = jnp.where((matched == complete) & ~may_end, 0, matched)
+    # A stop string may end with the first token that reaches the minimum; an earlier one is forgotten.
+    matched = jnp.where((matched == complete) & (t + 1 < sampling.min_new_tokens), 0, matched)
     by_eos, by_string = is_eos[tokens], jnp.any(matched == complete, axis=1)
     reason = jnp.where(by_eos, EOS, jnp.where(by_string, STOP_STRING, TRUNCATED))
 

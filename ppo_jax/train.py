@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -143,7 +144,11 @@ def train(run: Run, state: TrainState) -> RunResult:
             if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
                 answer_fixed_prompts(run, state)
             clock.restart()
-            state, numbers = ppo_iteration(run, state, clock)
+            try:
+                state, numbers = ppo_iteration(run, state, clock)
+            except BaseException:
+                save_what_is_earned(run, state)
+                raise
             invariants.assert_unmoved(run.ref_params, reference_digest)
             writer.write(step, numbers)
             view.iteration(step, numbers)
@@ -156,10 +161,10 @@ def train(run: Run, state: TrainState) -> RunResult:
                 break
         answer_fixed_prompts(run, state)
         log.info("stopped: %s; compilations: %s", stop_reason, dict(compilations))
-    policy_directory = run.directory / "policy"
-    save_model(policy_directory, run.model, state.params, dtype=config.model.export_dtype)
     if config.checkpoint.save_every:
         checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
+    policy_directory = run.directory / "policy"
+    save_model(policy_directory, run.model, state.params, dtype=config.model.export_dtype)
     print_samples(samples.read(run.directory), total=int(state.step))
     return RunResult(run.directory, policy_directory, history, state, stop_reason)
 
@@ -179,9 +184,17 @@ def stop_if_not_finite(run: Run, state: TrainState, numbers: dict[str, Any]) -> 
         saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
         raise UserError(
             f"the loss or the gradient of {numbers['update/skipped_steps']:.0f} optimizer steps was not finite after "
-            f"iteration {int(state.step) - 1}; those steps were skipped and the state is in {saved}. Lower "
-            f"update.learning_rate, or look for extreme scores in {run.directory / 'metrics.jsonl'}"
+            f"iteration {int(state.step) - 1}; those steps were skipped and the state is in {saved}. Look for extreme "
+            f"scores or ratios in {run.directory / 'metrics.jsonl'}; a new run may need a lower update.learning_rate"
         )
+
+
+def save_what_is_earned(run: Run, state: TrainState) -> None:
+    """Checkpoint the last finished iteration when the next one fails, unless its buffers are already given up."""
+    given_up = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    if int(state.step) > 0 and not given_up:
+        saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
+        log.warning("the last finished iteration is saved in %s; --resume %s continues", saved, run.directory)
 
 
 def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str | None:

@@ -140,6 +140,12 @@ def batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tenso
     return zero_masked(masked_center(seq_rewards, response_mask.any(dim=1))[:, None], response_mask)
 
 
+def whitened_batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """A_bt = (R_b − mean R) / sqrt(var R + 1e-8), mean and variance over answers."""
+    seq_rewards = masked_sum(token_rewards, response_mask, axis=1)
+    return zero_masked(whiten(seq_rewards, response_mask.any(dim=1))[:, None], response_mask)
+
+
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / sqrt(var + 1e-8) over the unmasked elements, population variance."""
     return masked_center(x, mask) / torch.sqrt(masked_var(x, mask) + 1e-8)

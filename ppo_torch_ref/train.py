@@ -66,9 +66,9 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
     token_rewards = ops.token_rewards(seq_scores, token_k1, mask, kl_coef=config.kl.coef)
 
     # 5. The advantage: which answers were better than their batch.
-    advantages = ops.batch_mean_advantages(token_rewards, mask)
-    if config.advantage.estimator == "whitened_batch_mean":
-        advantages = ops.whiten(advantages, mask)
+    whitened = config.advantage.estimator == "whitened_batch_mean"
+    estimate = ops.whitened_batch_mean_advantages if whitened else ops.batch_mean_advantages
+    advantages = estimate(token_rewards, mask)
 
     # 6. A few small, clipped steps.
     experience = Experience(

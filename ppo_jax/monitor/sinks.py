@@ -1,11 +1,15 @@
 """Where metrics are written: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked for."""
 
+import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.config import MonitorConfig
 from ppo_jax.errors import UserError
+
+log = logging.getLogger("ppo_jax")
 
 
 class MetricsWriter:
@@ -43,21 +47,33 @@ class MetricsWriter:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    """Objects of a JSONL file, none when it is not there; a last line that a killed process left torn is dropped."""
+    if not file.is_file():
+        return []
+    *lines, last = file.read_text(encoding="utf-8").split("\n")  # not splitlines: an answer may hold U+2028
+    rows = [json.loads(line) for line in lines if line]
+    if last:
+        log.warning("warning: %s ends in a torn line, which is dropped", file)
+    return rows
 
 
 def open_from(file: Path, first_step: int):
     """A JSONL file open for appending, holding only rows of earlier steps: a resumed run writes no step twice."""
     kept = [row for row in read_rows(file) if row["step"] < first_step]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    if file.is_file():
+        rewritten = file.with_name(file.name + ".partial")
+        rewritten.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        rewritten.replace(file)
     return file.open("a", encoding="utf-8")
 
 
+def check_sinks(monitor: MonitorConfig) -> None:
+    """Refuse a sink that is not installed."""
+    if monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("monitor.wandb_project is set, but wandb is not installed; it is the extra 'wandb'")
+
+
 def _start_wandb(project: str, directory: Path):
-    try:
-        import wandb  # pyright: ignore[reportMissingImports], an optional extra
-    except ImportError as error:
-        raise UserError(
-            "monitor.wandb_project is set, but wandb is not installed: pip install 'ppo-jax[wandb]'"
-        ) from error
+    import wandb  # pyright: ignore[reportMissingImports], an optional extra
+
     return wandb.init(project=project, dir=str(directory), name=directory.name)

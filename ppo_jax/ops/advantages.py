@@ -17,8 +17,22 @@ def batch_mean_advantages(token_rewards: Float[Array, "B T"], response_mask: Boo
     loss term that is not shrunk. A batch of one gives 0.
     """
     seq_rewards = masking.masked_sum(token_rewards, response_mask, axis=1)
-    centred = masking.masked_center(seq_rewards, jnp.any(response_mask, axis=1))
-    return masking.zero_masked(jnp.broadcast_to(centred[:, None], token_rewards.shape), response_mask)
+    return _on_every_token(masking.masked_center(seq_rewards, jnp.any(response_mask, axis=1)), response_mask)
+
+
+def whitened_batch_mean_advantages(
+    token_rewards: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Batch-mean advantages over the standard deviation of the batch's rewards: (R_b − mean R) / sqrt(var R + 1e-8).
+
+    Mean and variance are over answers, not tokens, so the baseline stays the batch mean. Shapes: [B, T], no unit.
+    """
+    seq_rewards = masking.masked_sum(token_rewards, response_mask, axis=1)
+    return _on_every_token(whiten(seq_rewards, jnp.any(response_mask, axis=1)), response_mask)
+
+
+def _on_every_token(seq_values: Float[Array, " B"], response_mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    return masking.zero_masked(jnp.broadcast_to(seq_values[:, None], response_mask.shape), response_mask)
 
 
 def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:

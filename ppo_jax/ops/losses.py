@@ -20,8 +20,8 @@ def clipped_policy_loss(
     """ℓ_t = −min(r_t A_t, clip(r_t, 1 − ε, 1 + ε) A_t), r_t = exp(log π_θ − log π_old).
 
     Shapes [B, T], unreduced and unmasked: zero the masked inputs first (a NaN there reaches the gradient), then reduce
-    with `weighted_sum`. A log-ratio beyond 88 in float32 overflows and makes the gradient NaN. Source: Schulman et al., "Proximal Policy
-    Optimization Algorithms", 2017, equation 7.
+    with `weighted_sum`. A log-ratio beyond 88 in float32 overflows and makes the gradient NaN. Source: Schulman et al.,
+    "Proximal Policy Optimization Algorithms", 2017, equation 7.
     """
     ratio = jnp.exp(policy_logprobs - old_logprobs)
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)

@@ -1,7 +1,6 @@
 """Find a reward function, call it, and refuse whatever is not one finite float per answer."""
 
 import importlib
-import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,9 @@ from typing import Any, cast
 import numpy as np
 
 from ppo_jax.errors import UserError
+
+# float32 keeps no larger number, and its square must not overflow either.
+LARGEST_SCORE = 1e18
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -24,8 +26,10 @@ def load_function(name: str) -> RewardFunction:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"reward.function: module {module_name!r} could not be imported: {error}") from error
+    except Exception as error:  # the module is the user's: anything may come
+        raise UserError(
+            f"reward.function: module {module_name!r} could not be imported: {type(error).__name__}: {error}"
+        ) from error
     function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"reward.function: {module_name!r} has no function {function_name!r}")
@@ -47,10 +51,13 @@ def score_answers(function: RewardFunction, prompts: list[str], answers: list[st
     if count != len(answers):
         raise UserError(f"the reward function returned {count} scores for {len(answers)} answers")
     for i, score in enumerate(scores):
-        is_number = isinstance(score, numbers.Real | np.number) and not isinstance(score, bool | np.bool_)
-        if not is_number or not math.isfinite(score):
+        is_number = isinstance(score, numbers.Real | np.floating | np.integer) and not isinstance(
+            score, bool | np.bool_
+        )
+        if not is_number or not abs(score) <= LARGEST_SCORE:
             raise UserError(
-                f"the reward function returned {score!r} for answer {i}, expected a finite float. The answer was "
+                f"the reward function returned {score!r} for answer {i}, expected a finite float of at most "
+                f"{LARGEST_SCORE:g}. The answer was "
                 f"{answers[i]!r} to {prompts[i]!r}"
             )
     return np.asarray([float(score) for score in scores], np.float32)
