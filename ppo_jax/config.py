@@ -7,7 +7,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -36,15 +36,11 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 DType = Literal["float32", "bfloat16"]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    if TYPE_CHECKING:  # pydantic makes it, for frozen models
-
-        def __hash__(self) -> int: ...
+class Section(BaseModel, frozen=True):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-class RunConfig(Section):
+class RunConfig(Section, frozen=True):
     dir: NonEmpty | None = Field(default=None, description="run directory; by default runs/ and the time of the start")
     seed: Seed = Field(default=0, description="every random draw is a function of this and the iteration")
     iterations: Positive = Field(default=30, description="PPO iterations: answer, score, update")
@@ -57,7 +53,7 @@ class RunConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     path: NonEmpty = Field(
         default=EMBEDDED, description="SFT model to start from: a Hugging Face directory or hub id, or 'embedded'"
     )
@@ -71,7 +67,7 @@ class ModelConfig(Section):
     )
 
 
-class PromptsConfig(Section):
+class PromptsConfig(Section, frozen=True):
     path: NonEmpty = Field(
         default=EMBEDDED, description="JSONL, CSV, parquet or text file, a datasets hub id, or 'embedded'"
     )
@@ -86,14 +82,14 @@ class PromptsConfig(Section):
     )
 
 
-class RewardConfig(Section):
+class RewardConfig(Section, frozen=True):
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = Field(
         default="ppo_jax.rewards.sentiment:vader_compound",
         description="module:function of (prompts, answers), two lists of texts, that returns one float per answer",
     )
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Section, frozen=True):
     batch_size: Positive = Field(default=64, description="answers per iteration")
     answers_per_prompt: Positive = Field(default=1, description="answers to each prompt; they share one prefill")
     max_new_tokens: Positive = Field(default=48, description="longest answer, in tokens, EOS included")
@@ -109,18 +105,18 @@ class RolloutConfig(Section):
     stop_strings: tuple[NonEmpty, ...] = Field(default=(), description="texts that end an answer; they remain in it")
 
 
-class KlConfig(Section):
+class KlConfig(Section, frozen=True):
     coef: NonNegativeFloat = Field(default=0.05, description="β, score units per nat of KL to the reference")
 
 
-class AdvantageConfig(Section):
+class AdvantageConfig(Section, frozen=True):
     estimator: Literal["batch_mean", "whitened_batch_mean"] = Field(
         default="batch_mean",
         description="reward minus the batch mean; whitened: divided by the standard deviation too",
     )
 
 
-class UpdateConfig(Section):
+class UpdateConfig(Section, frozen=True):
     epochs: Positive = Field(default=2, description="passes over the batch; more than 4 is warned of")
     minibatch_size: Positive = Field(default=32, description="answers per optimizer step")
     micro_batch_size: Positive | None = Field(
@@ -147,7 +143,7 @@ class UpdateConfig(Section):
     remat: bool = Field(default=False, description="recompute each layer in the backward pass: less memory, more time")
 
 
-class MonitorConfig(Section):
+class MonitorConfig(Section, frozen=True):
     fixed_prompts: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] | None = Field(
         default=None, description="prompts answered with fixed noise over time; by default the first 4 of the prompts"
     )
@@ -160,12 +156,12 @@ class MonitorConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True):
     save_every: NonNegative = Field(default=0, description="iterations between checkpoints; 0 saves none")
     keep: Positive = Field(default=2, description="how many of the newest checkpoints stay")
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """All sections. `load` reads one from YAML and overrides."""
 
     run: RunConfig = RunConfig()

@@ -227,7 +227,7 @@ def test_a_value_out_of_its_range_or_type_is_refused_with_key_and_value(key, val
         load(None, {key: value})
     assert f"{key}: " in str(caught.value)
     assert repr(value[0] if isinstance(value, list) else value) in str(caught.value)
-    assert "[command line]" in str(caught.value)
+    assert "[overrides]" in str(caught.value)
 
 
 @pytest.mark.parametrize(
