@@ -385,7 +385,7 @@ def _type_name(annotation: Any) -> str:
     if text.startswith("typing.Literal"):
         return "|".join(arguments)
     if text.startswith("typing.Annotated"):
-        return str(arguments[0].__name__)
+        return _type_name(arguments[0])
     if text.startswith("tuple["):
         return "[TEXT, ...]"
     names = [_type_name(argument) for argument in arguments if argument is not type(None)]

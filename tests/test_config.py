@@ -297,7 +297,7 @@ def test_the_help_lists_every_field_with_type_default_and_meaning():
         assert field.description
         assert field.description in lines[at + 1]
     for line in (
-        "--update.learning_rate float  [0.0003]",
+        "--update.learning_rate float  [0.0002]",
         "--update.micro_batch_size int|null  [null]",
         "--update.schedule constant|linear|cosine  [constant]",
         "--rollout.stop_strings [TEXT, ...]  [[]]",

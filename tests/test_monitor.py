@@ -132,3 +132,11 @@ def test_the_closing_table_shows_the_start_the_middle_and_the_end(tmp_path):
     assert samples.shown_steps(rows, 30) == {"SFT": 0, "half-way": 10, "now": 30}
     samples.append(tmp_path, 20, ["p"], ["again"], np.array([0.1]))
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [0, 10, 20]
+
+
+def test_samples_survive_line_separators_and_a_torn_last_line(tmp_path):
+    samples.append(tmp_path, 0, ["p"], ["one\u2028two\u0085three"], np.array([0.5]))
+    samples.append(tmp_path, 1, ["p"], ["after"], np.array([0.5]))
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 2, "pro')
+    assert [row["answer"] for row in samples.read(tmp_path)] == ["one\u2028two\u0085three", "after"]

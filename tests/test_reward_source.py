@@ -18,7 +18,7 @@ def test_a_reward_sees_prompts_and_answers_in_order_and_gives_float32():
     assert scores.tolist() == [3, 4, 6]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, True, "0.5", np.bool_(True)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, True, "0.5", np.bool_(True), 1e300, 1j])
 def test_a_score_that_is_no_finite_number_is_refused_with_its_answer(bad):
     with pytest.raises(UserError, match="answer 1") as error:
         score_answers(lambda prompts, answers: [0.0, bad, 1.0], ["p"] * 3, ANSWERS)

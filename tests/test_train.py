@@ -13,11 +13,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo_jax
-from ppo_jax import build, train
+from ppo_jax import build, checkpoint, train
 from ppo_jax.config import load
 from ppo_jax.errors import UserError
 from ppo_jax.tracing import compilations
-from tests.tiny import PROMPTS
+from tests.tiny import PROMPTS, make_model
 
 SMALL = {
     "rollout.batch_size": 16,
@@ -140,6 +140,35 @@ def test_resuming_refuses_what_would_change_the_meaning(tiny_model, tmp_path):
     run(tiny_model, tmp_path / "run", run__iterations=1, checkpoint__save_every=1)
     with pytest.raises(UserError, match=r"kl\.coef would change"):
         run(tiny_model, None, resume=tmp_path / "run", **{"kl.coef": 1.0})
+
+
+def test_a_resumed_run_keeps_its_reward_its_reference_and_its_schedule(tiny_model, tmp_path):
+    model = make_model(tmp_path / "model")
+    directory = tmp_path / "run"
+    run(model, directory, run__iterations=2, checkpoint__save_every=1, update__schedule="linear")
+    with pytest.raises(UserError, match=r"prompts and reward .* came from Python"):
+        ppo_jax.fine_tune(resume=directory)
+    with pytest.raises(UserError, match="linear schedule"):
+        run(model, None, resume=directory, **{"run.iterations": 4})
+    nothing_left = run(model, None, resume=directory)
+    assert nothing_left.metrics == []
+    make_model(model, seed=5)
+    with pytest.raises(UserError, match="reference would change"):
+        run(model, None, resume=directory)
+
+
+def test_what_is_earned_is_saved_when_a_later_reward_fails(tiny_model, tmp_path):
+    calls = []
+
+    def fails_later(prompts, answers):
+        calls.append(len(answers))
+        if len(calls) == 3:
+            raise TimeoutError("the service is gone")
+        return vowel_share(prompts, answers)
+
+    with pytest.raises(UserError, match="the service is gone"):
+        run(tiny_model, tmp_path / "run", reward=fails_later, monitor__sample_every=0)
+    assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [2]
 
 
 def test_the_kl_budget_and_the_time_limit_end_a_run_cleanly(tiny_model, tmp_path):
