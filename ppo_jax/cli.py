@@ -4,6 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ppo_jax import config as configuration
 from ppo_jax.errors import UserError
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    overrides = configuration.parse_overrides(rest)
+    overrides = parse_overrides(rest)
     if options.resume is not None:
         if options.config is not None:
             raise UserError("--resume takes the configuration of the run; --config cannot be given with it")
@@ -66,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ppo_jax.train",
         description="PPO fine-tuning of a language model. Without arguments it trains the embedded tiny model to write "
         "positive reviews.",
-        epilog="Every field of the configuration can be set on the command line, values are YAML:\n"
-        + configuration.help_text(),
+        epilog="Every field of the configuration can be set on the command line, values are YAML:\n" + help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -80,3 +82,54 @@ def _parser() -> argparse.ArgumentParser:
         help="print shapes, memory and a time estimate; nothing is trained or written",
     )
     return parser
+
+
+def help_text() -> str:
+    """Every field with its type, default and meaning."""
+    lines = []
+    for name, section in configuration.sections():
+        lines.append(f"\n{name}:")
+        for key, field in section.model_fields.items():
+            kind = _type_name(field.annotation)
+            lines.append(f"  --{name}.{key} {kind}  [{_shown(field.default)}]\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    arguments: tuple[Any, ...] = getattr(annotation, "__args__", ())
+    if text.startswith("typing.Literal"):
+        return "|".join(arguments)
+    if text.startswith("typing.Annotated"):
+        return _type_name(arguments[0])
+    if text.startswith("tuple["):
+        return "[TEXT, ...]"
+    names = [_type_name(argument) for argument in arguments if argument is not type(None)]
+    return "|".join([*names, "null"] if type(None) in arguments else names) if names else text
+
+
+def _shown(default: Any) -> str:
+    return yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True).split(
+        "\n"
+    )[0]
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--section.key VALUE` or `--section.key=VALUE` pairs; values are YAML (numbers, true, null, [lists])."""
+    overrides, rest = {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or "." not in word:
+            raise UserError(f"unexpected argument {word!r}; overrides are written --section.key VALUE, see --help")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{word} needs a value")
+            text = rest.pop(0)
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            overrides[key] = text
+    return overrides

@@ -5,7 +5,7 @@
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -364,57 +364,6 @@ def warnings_of(config: Config) -> list[str]:
     if config.kl.coef == 0:
         found.append("kl.coef is 0: nothing holds the policy near the reference; set run.max_seq_kl_nats at least")
     return found
-
-
-def help_text() -> str:
-    """Every field with its type, default and meaning."""
-    lines = []
-    for name, section in sections():
-        lines.append(f"\n{name}:")
-        for key, field in section.model_fields.items():
-            kind = _type_name(field.annotation)
-            lines.append(f"  --{name}.{key} {kind}  [{_shown(field.default)}]\n      {field.description}")
-    return "\n".join(lines)
-
-
-def _type_name(annotation: Any) -> str:
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    arguments: tuple[Any, ...] = getattr(annotation, "__args__", ())
-    if text.startswith("typing.Literal"):
-        return "|".join(arguments)
-    if text.startswith("typing.Annotated"):
-        return _type_name(arguments[0])
-    if text.startswith("tuple["):
-        return "[TEXT, ...]"
-    names = [_type_name(argument) for argument in arguments if argument is not type(None)]
-    return "|".join([*names, "null"] if type(None) in arguments else names) if names else text
-
-
-def _shown(default: Any) -> str:
-    return yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True).split(
-        "\n"
-    )[0]
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--section.key VALUE` or `--section.key=VALUE` pairs; values are YAML (numbers, true, null, [lists])."""
-    overrides, rest = {}, list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or "." not in word:
-            raise UserError(f"unexpected argument {word!r}; overrides are written --section.key VALUE, see --help")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"{word} needs a value")
-            text = rest.pop(0)
-        try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            overrides[key] = text
-    return overrides
 
 
 # What may differ between a run and its continuation without changing what was computed so far.

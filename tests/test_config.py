@@ -7,7 +7,8 @@ import yaml
 from pydantic import ValidationError
 
 from ppo_jax import config as configuration
-from ppo_jax.config import Config, help_text, known_keys, load, parse_overrides, warnings_of
+from ppo_jax.cli import help_text, parse_overrides
+from ppo_jax.config import Config, known_keys, load, warnings_of
 from ppo_jax.errors import UserError
 
 
