@@ -21,7 +21,7 @@ import optax
 from transformers import PreTrainedTokenizerBase
 
 import ppo_jax
-from ppo_jax import checkpoint
+from ppo_jax import checkpoint, sharding
 from ppo_jax.config import EMBEDDED, Config
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
@@ -30,8 +30,9 @@ from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.monitor.invariants import digest
 from ppo_jax.monitor.sinks import check_sinks
 from ppo_jax.ops import advantages, kl, losses, rewards
+from ppo_jax.processes import from_lead
 from ppo_jax.prompts import Prompts, load_prompts
-from ppo_jax.records import Rollout, Scored, TrainState
+from ppo_jax.records import Scored, TrainState
 from ppo_jax.rewards.source import RewardFunction, load_function
 from ppo_jax.rollout import Endings, Sampling
 from ppo_jax.stop_strings import stop_table
@@ -47,6 +48,7 @@ class Run:
 
     config: Config
     directory: Path
+    mesh: jax.sharding.Mesh
     model: ModelDirectory
     ref_params: Params  # frozen, in the compute dtype
     prompts: Prompts
@@ -72,7 +74,9 @@ def build(
     resume: bool = False,
 ) -> tuple[Run, TrainState]:
     """Load and check everything, then make the run directory. Nothing is written before all checks have passed."""
-    directory = run_directory(config, resume=resume)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, mesh)
+    directory = Path(from_lead(lambda: str(run_directory(config, resume=resume))))
     from_python = [name for name, given in (("reward", reward), ("prompts", prompts)) if given is not None]
     if resume:
         check_resumable(directory, from_python)
@@ -82,17 +86,19 @@ def build(
     loaded_prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
     fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
     check_tokens(config, model, loaded_prompts, fixed_prompts)
-    endings = make_endings(config, model)
     _float32_means_float32(config)
-
-    initial = hf_io.load_params(model.path, model.config, model.spec)
+    with jax.set_mesh(mesh):
+        endings = make_endings(config, model)
+        initial = hf_io.load_params(model.path, model.config, model.spec, place=partial(sharding.place_param, mesh))
+        ref_params = copy_params(initial, config.model.compute_dtype)
+        reference_digest = digest(ref_params)
     optimizer = make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
     run = Run(
         config=config,
         directory=directory,
+        mesh=mesh,
         model=model,
-        # A copy: the policy's own buffers are donated to every update.
-        ref_params=jax.tree.map(lambda x: jnp.array(x, config.model.compute_dtype, copy=True), initial),
+        ref_params=ref_params,
         prompts=loaded_prompts,
         fixed_prompts=fixed_prompts,
         reward=reward,
@@ -103,15 +109,28 @@ def build(
         objective=make_objective(config, model),
         optimizer=optimizer,
     )
-    reference_digest = digest(run.ref_params)
     if resume:
         check_reference(directory, reference_digest)
-        like = TrainState(jnp.zeros((), jnp.int32), initial, jax.eval_shape(optimizer.init, initial))
+        # In the places of this run's mesh, whichever mesh it was saved on.
+        like = sharding.abstract(mesh, jax.eval_shape(partial(first_state, optimizer=optimizer), initial))
         state = checkpoint.restore_newest(directory / "checkpoints", like)
     else:
-        state = TrainState(jnp.zeros((), jnp.int32), initial, optimizer.init(initial))
-    _write_description(directory, config, reference_digest, from_python)
+        with jax.set_mesh(mesh):
+            state = first_state(initial, optimizer=optimizer)
+    from_lead(partial(_write_description, directory, config, reference_digest, from_python))
     return run, state
+
+
+@partial(jax.jit, static_argnames="dtype")
+def copy_params(params: Params, dtype: str) -> Params:
+    """Parameters in a dtype and in memory of their own: the policy's buffers are donated to every update."""
+    return sharding.by_rules(jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params))
+
+
+@partial(jax.jit, static_argnames="optimizer", donate_argnames="params")
+def first_state(params: Params, *, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first iteration; the moments lie where their parameters lie."""
+    return sharding.by_rules(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
 
 
 def k1_token_rewards(
@@ -291,12 +310,15 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
         "ppo_jax": ppo_jax.__version__,
         **{package: importlib.metadata.version(package) for package in WATCHED_PACKAGES},
     }
 
 
-def tokenizer_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
-    """The B answers as texts, special tokens left out."""
-    rows = zip(np.asarray(rollout.response_tokens), np.asarray(rollout.response_mask), strict=True)
+def tokenizer_texts(
+    tokenizer: PreTrainedTokenizerBase, response_tokens: np.ndarray, response_mask: np.ndarray
+) -> list[str]:
+    """Answers [B, T] as B texts, special tokens left out."""
+    rows = zip(response_tokens, response_mask, strict=True)
     return [str(tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)) for tokens, mask in rows]

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"ppo-jax: {error}", file=sys.stderr)
+        print(f"ppo-jax: {error}", file=sys.stderr, flush=True)  # other processes may keep this one waiting at its end
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print(
@@ -44,6 +44,10 @@ def run(arguments: Sequence[str]) -> None:
         print(config.to_yaml(), end="")
         return
     # Imported here: `ppo-jax --help` and a bad configuration need no JAX.
+    from ppo_jax import processes
+
+    if options.distributed:
+        processes.join()
     if options.dry_run:
         from ppo_jax.plan import print_plan
 
@@ -53,6 +57,8 @@ def run(arguments: Sequence[str]) -> None:
     from ppo_jax.train import train
 
     result = train(*build(config, resume=options.resume is not None))
+    if not processes.is_lead():
+        return
     if result.metrics:
         first, last = result.metrics[0], result.metrics[-1]
         print(
@@ -76,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults")
     parser.add_argument("--resume", metavar="RUN", help="continue a run directory from its newest checkpoint")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes; Slurm and Open MPI are recognised, else JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID say which",
+    )
     parser.add_argument(
         "--dry_run",
         action="store_true",

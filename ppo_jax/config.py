@@ -161,6 +161,14 @@ class CheckpointConfig(Section, frozen=True):
     keep: Positive = Field(default=2, description="how many of the newest checkpoints stay")
 
 
+class MeshConfig(Section, frozen=True):
+    data: Positive | None = Field(
+        default=None, description="devices along data: answers are split, weights repeated; by default all left over"
+    )
+    fsdp: Positive = Field(default=1, description="devices along fsdp: answers and weights are split")
+    tensor: Positive = Field(default=1, description="devices along tensor: every layer is split; within one process")
+
+
 class Config(Section, frozen=True):
     """All sections. `load` reads one from YAML and overrides."""
 
@@ -174,6 +182,7 @@ class Config(Section, frozen=True):
     update: UpdateConfig = UpdateConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
 
     @property
     def micro_batch_size(self) -> int:
@@ -375,6 +384,8 @@ RESUMABLE = (
     "monitor.tensorboard",
     "monitor.wandb_project",
     "checkpoint.",
+    "mesh.",
+    "update.micro_batch_size",
 )
 
 

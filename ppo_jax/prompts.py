@@ -37,10 +37,11 @@ class Prompts:
         start = first - epochs[0] * size
         return order[start : start + count].tolist()
 
-    def batch(self, step: int, count: int) -> PromptBatch:
-        """The `count` prompts of iteration `step`, left-padded."""
+    def batch(self, step: int, count: int, own: slice = slice(None)) -> PromptBatch:
+        """The `own` ones of the `count` prompts of iteration `step`, left-padded as all of them need it."""
         indices = self.indices(step, count)
-        return pad_left([self.texts[i] for i in indices], [self.encoded[i] for i in indices])
+        whole = pad_left([self.texts[i] for i in indices], [self.encoded[i] for i in indices])
+        return PromptBatch(whole.texts[own], whole.tokens[own], whole.mask[own])
 
     def in_order(self) -> PromptBatch:
         """All prompts as one batch."""

@@ -25,6 +25,7 @@ from ppo_jax.models.decoder import (
 from ppo_jax.ops.logprobs import log_distribution
 from ppo_jax.ops.sampling import inverse_cdf, truncated_weights
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout
+from ppo_jax.sharding import by_rows
 from ppo_jax.tracing import note_compilation
 
 
@@ -84,6 +85,7 @@ def generate(
     (prompts, length), (batch, max_new) = prompt_tokens.shape, uniforms.shape
     note_compilation("rollout", B=batch, P=length, T=max_new)
     params = cast(params, compute_dtype)  # once, not in every step of the loop
+    prompt_tokens, prompt_mask, uniforms = by_rows((prompt_tokens, prompt_mask, uniforms))
     per_answer = partial(jnp.repeat, repeats=batch // prompts, axis=0)
 
     hidden, prompt_cache = Decoder(spec).apply(

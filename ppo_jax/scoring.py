@@ -7,14 +7,14 @@ entropy and the exact KL of the whole vocabulary are computed without a [B, T, V
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.masking import zero_masked
-from ppo_jax.ops.streaming import map_row_blocks, rows_per_block
+from ppo_jax.ops.streaming import map_row_blocks, merge_micro_batches, micro_batches, rows_per_block
 from ppo_jax.records import Rollout, Scored
+from ppo_jax.sharding import device_count
 from ppo_jax.tracing import note_compilation
 
 
@@ -34,8 +34,8 @@ def score(
     `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
     one of the update, not the rollout's, so that the ratio of the first optimizer step is 1.
     """
-    batch = rollout.response_tokens.shape[0]
-    note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=rollout.response_tokens.shape[1])
+    batch, length = rollout.response_tokens.shape
+    note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
     params, ref_params = cast(params, compute_dtype), cast(ref_params, compute_dtype)
 
     def score_rows(hidden, ref_hidden, tokens):
@@ -55,11 +55,10 @@ def score(
             response_hidden(params, *sequences, spec=spec),
             response_hidden(ref_params, *sequences, spec=spec),
             response_tokens,
-            block_rows=rows_per_block(spec.vocab_size),
+            block_rows=rows_per_block(spec.vocab_size, devices=device_count()),
         )
         return jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
-    micro = jax.tree.map(lambda x: x.reshape(batch // micro_batch_size, micro_batch_size, -1), sequences)
-    scored = jax.lax.map(score_answers, micro)
-    return jax.tree.map(lambda x: jnp.reshape(x, rollout.response_tokens.shape), scored)
+    scored = jax.lax.map(score_answers, micro_batches(sequences, micro_batch_size))
+    return merge_micro_batches(scored)

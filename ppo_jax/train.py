@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ppo_jax import checkpoint, rollout, scoring, update
+from ppo_jax import checkpoint, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.config import warnings_of
 from ppo_jax.errors import UserError
@@ -30,7 +29,8 @@ from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.console import View, print_samples
 from ppo_jax.monitor.sinks import MetricsWriter
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
-from ppo_jax.records import Experience, PromptBatch, Rollout, TrainState
+from ppo_jax.processes import from_lead, together
+from ppo_jax.records import Experience, Rollout, TrainState
 from ppo_jax.rewards.source import audit, score_answers
 from ppo_jax.tracing import bucket, compilations
 
@@ -52,18 +52,21 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
     """One PPO iteration; `state` is consumed. Returns the next state and the iteration's metrics."""
     config, step = run.config, int(state.step)
     compute_dtype = config.model.compute_dtype
-    prompts = run.prompts.batch(step, run.prompts_per_iteration)
+    # Of several processes each has the texts, prompts and answers, of its own rows of the batch.
+    prompts = run.prompts.batch(step, run.prompts_per_iteration, sharding.own_rows(run.prompts_per_iteration))
 
     # 1. The current policy answers the prompts.
     with clock.phase("rollout"):
-        answers = answer(run, state, prompts, Purpose.ROLLOUT, step=step)  # Rollout of [B, T]
-        texts = tokenizer_texts(run.model.tokenizer, answers)
+        tokens, mask = (sharding.place_rows(run.mesh, x) for x in (prompts.tokens, prompts.mask))
+        answers = answer(run, state, tokens, mask, Purpose.ROLLOUT, step=step)  # Rollout of [B, T]
+        own = (sharding.read_own_rows(run.mesh, x) for x in (answers.response_tokens, answers.response_mask))
+        texts = tokenizer_texts(run.model.tokenizer, *own)
 
     # 2. A reward source scores each answer.
-    with clock.phase("reward"):
-        questions = [prompts.texts[i] for i in np.asarray(answers.group_id)]
+    with clock.phase("reward"), together("the reward"):
+        questions = [text for text in prompts.texts for _ in range(config.rollout.answers_per_prompt)]
         scores = score_answers(run.reward, questions, texts)
-        seq_scores = jnp.asarray(scores)  # [B]
+    seq_scores = sharding.place_rows(run.mesh, scores)  # [B]
 
     # 3. The KL between the policy and the frozen reference, exact and sampled, over response tokens only.
     with clock.phase("score"):
@@ -86,7 +89,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         observed = metrics.to_host(metrics.experience_metrics(answers, scored, seq_scores, token_rewards))
     if step == 0:
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
-        warn(audit(scores))
+        warn(audit(sharding.read(seq_scores)))
 
     # 6. A few small, clipped steps.
     with clock.phase("update"):
@@ -109,16 +112,18 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
     )
 
 
-def answer(run: Run, state: TrainState, prompts: PromptBatch, purpose: Purpose, *, step: int) -> Rollout:
+def answer(
+    run: Run, state: TrainState, prompt_tokens: jax.Array, prompt_mask: jax.Array, purpose: Purpose, *, step: int
+) -> Rollout:
     """Answers to a batch of prompts, cropped to the bucket of the longest; its noise depends on step and purpose."""
     config = run.config.rollout
     per_prompt = config.answers_per_prompt if purpose == Purpose.ROLLOUT else 1
     key = purpose_key(run.config.run.seed, step, purpose)
-    rows = jnp.arange(len(prompts.texts) * per_prompt)
+    rows = jnp.arange(prompt_tokens.shape[0] * per_prompt)
     answers = rollout.generate(
         state.params,
-        jnp.asarray(prompts.tokens),
-        jnp.asarray(prompts.mask),
+        prompt_tokens,
+        prompt_mask,
         rollout_uniforms(key, rows, length=config.max_new_tokens),
         run.endings,
         state.step,
@@ -133,21 +138,25 @@ def answer(run: Run, state: TrainState, prompts: PromptBatch, purpose: Purpose, 
 def train(run: Run, state: TrainState) -> RunResult:
     """Run the remaining iterations and export the policy. `state` is consumed."""
     config, first_step = run.config, int(state.step)
-    reference_digest = invariants.digest(run.ref_params)
     history, stop_reason, clock = [], f"all {config.run.iterations} iterations are done", PhaseClock()
     with (
+        jax.set_mesh(run.mesh),
         View(config.run.iterations, first_step) as view,
         MetricsWriter(run.directory, first_step=first_step, monitor=config.monitor) as writer,
     ):
         warn(warnings_of(config))
+        log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
+        reference_digest = invariants.digest(run.ref_params)
         for step in range(first_step, config.run.iterations):
             if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
                 answer_fixed_prompts(run, state)
             clock.restart()
             try:
                 state, numbers = ppo_iteration(run, state, clock)
-            except BaseException:
-                save_what_is_earned(run, state)
+            except BaseException as error:
+                # Saving takes all processes, and only what a user can mend is known to have ended all of them.
+                if isinstance(error, UserError) or jax.process_count() == 1:
+                    save_what_is_earned(run, state)
                 raise
             invariants.assert_unmoved(run.ref_params, reference_digest)
             writer.write(step, numbers)
@@ -164,8 +173,9 @@ def train(run: Run, state: TrainState) -> RunResult:
     if config.checkpoint.save_every:
         checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
     policy_directory = run.directory / "policy"
-    save_model(policy_directory, run.model, state.params, dtype=config.model.export_dtype)
-    print_samples(samples.read(run.directory), total=int(state.step))
+    policy = sharding.read_on_lead(state.params)
+    from_lead(lambda: save_model(policy_directory, run.model, policy, dtype=config.model.export_dtype))
+    from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
     return RunResult(run.directory, policy_directory, history, state, stop_reason)
 
 
@@ -203,8 +213,8 @@ def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str |
     if limits.max_seq_kl_nats is not None and numbers["kl/seq_nats"] > limits.max_seq_kl_nats:
         kl = numbers["kl/seq_nats"]
         return f"KL budget: {kl:.3f} nats per sequence, run.max_seq_kl_nats is {limits.max_seq_kl_nats}"
-    if limits.max_wall_clock_s is not None and clock.total_s() > limits.max_wall_clock_s:
-        return f"time limit: {clock.total_s():.0f} s, run.max_wall_clock_s is {limits.max_wall_clock_s}"
+    if limits.max_wall_clock_s is not None and (seconds := from_lead(clock.total_s)) > limits.max_wall_clock_s:
+        return f"time limit: {seconds:.0f} s, run.max_wall_clock_s is {limits.max_wall_clock_s}"
     return None
 
 
@@ -213,9 +223,15 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
     if run.config.monitor.sample_every == 0:
         return
     prompts = run.fixed_prompts.in_order()
-    texts = tokenizer_texts(run.model.tokenizer, answer(run, state, prompts, Purpose.FIXED_PROMPTS, step=0))
-    scores = score_answers(run.reward, prompts.texts, texts)
-    samples.append(run.directory, int(state.step), prompts.texts, texts, scores)
+    tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)  # on every device: any number will do
+    answers = answer(run, state, tokens, mask, Purpose.FIXED_PROMPTS, step=0)
+    tokens, mask, step = sharding.read(answers.response_tokens), sharding.read(answers.response_mask), int(state.step)
+
+    def score_and_write() -> None:
+        texts = tokenizer_texts(run.model.tokenizer, tokens, mask)
+        samples.append(run.directory, step, prompts.texts, texts, score_answers(run.reward, prompts.texts, texts))
+
+    from_lead(score_and_write)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -19,8 +20,9 @@ from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, respo
 from ppo_jax.ops import kl, losses, masking
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.randomness import Purpose, purpose_key
-from ppo_jax.ops.streaming import map_row_blocks, rows_per_block
+from ppo_jax.ops.streaming import map_row_blocks, micro_batches, rows_per_block
 from ppo_jax.records import Experience, TrainState
+from ppo_jax.sharding import by_rows, by_rules, device_count
 from ppo_jax.tracing import note_compilation
 
 Stats = dict[str, Array]
@@ -106,7 +108,10 @@ def policy_logprobs(params: Params, experience: Experience, objective: Objective
         )
 
     logprobs = map_row_blocks(
-        rows, hidden, experience.response_tokens, block_rows=rows_per_block(objective.spec.vocab_size)
+        rows,
+        hidden,
+        experience.response_tokens,
+        block_rows=rows_per_block(objective.spec.vocab_size, devices=device_count()),
     )
     return masking.zero_masked(logprobs, experience.response_mask)
 
@@ -144,24 +149,22 @@ def loss_and_gradients(
 ) -> tuple[Float[Array, ""], Stats, Params]:
     """Loss, statistics and gradients of a minibatch, accumulated over its micro-batches."""
     weights = objective.loss_weights(minibatch.response_mask, dtype=minibatch.old_logprobs.dtype)
-    micro_batches = jax.tree.map(
-        lambda x: x.reshape(-1, objective.micro_batch_size, *x.shape[1:]), (minibatch, weights)
-    )
+    in_micro_batches = micro_batches((minibatch, weights), objective.micro_batch_size)
 
     def evaluate(micro_batch):
         (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(params, *micro_batch, objective)
-        return loss, stats, gradients
+        return loss, stats, by_rules(gradients)
 
     def accumulate(total, micro_batch):
         loss, stats, gradients = evaluate(micro_batch)
         added_gradients = jax.tree.map(jnp.add, total[2], gradients)
         return (total[0] + loss, _combine(total[1], stats), added_gradients), None
 
-    first = jax.tree.map(lambda x: x[0], micro_batches)
+    first = jax.tree.map(lambda x: x[0], in_micro_batches)
     if weights.shape[0] == objective.micro_batch_size:
         return evaluate(first)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, first))
-    return jax.lax.scan(accumulate, nothing, micro_batches)[0]
+    return jax.lax.scan(accumulate, nothing, in_micro_batches)[0]
 
 
 @partial(jax.jit, static_argnames=("optimizer", "objective"), donate_argnames=("params", "opt_state"))
@@ -181,7 +184,7 @@ def ppo_step(
     note_compilation(
         "update", B=rows.shape[0], P=experience.prompt_tokens.shape[1], T=experience.response_tokens.shape[1]
     )
-    minibatch = jax.tree.map(lambda x: x[rows], experience)
+    minibatch = by_rows(jax.tree.map(lambda x: x[rows], experience))
     loss, sums, gradients = loss_and_gradients(params, minibatch, objective)
     grad_norm = optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
@@ -199,7 +202,8 @@ def ppo_step(
         "update/param_rel_change": optax.tree.norm(updates) / optax.tree.norm(params),
         "update/skipped_steps": ~finite,
     }
-    return optax.apply_updates(params, updates), new_opt_state, stats
+    # Held to their places: a moment that XLA left somewhere else would not fit the memory it came from.
+    return by_rules(optax.apply_updates(params, updates)), by_rules(new_opt_state), stats
 
 
 def update(
@@ -218,7 +222,7 @@ def update(
     params, opt_state, all_stats = state.params, state.opt_state, []
     for epoch in range(config.update.epochs):
         key = jax.random.fold_in(purpose_key(config.run.seed, state.step, Purpose.SHUFFLE), epoch)
-        order = jax.random.permutation(key, batch)
+        order = np.asarray(jax.random.permutation(key, batch))
         for start in range(0, batch, size):
             params, opt_state, stats = ppo_step(
                 params,

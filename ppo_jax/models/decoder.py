@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.ops.logprobs import wide_dtype
+from ppo_jax.sharding import by_rows
 
 Params = Any  # nested dictionaries of arrays
 Cache = tuple[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]], ...]
@@ -220,6 +221,7 @@ class Decoder(nn.Module):
         if spec.rope is None:
             table = self.param("positions", nn.initializers.normal(0.02), (spec.max_positions, spec.width))
             x = x + table[positions]
+        x = by_rows(x)
         if not spec.tied_head:  # declared here so that it is initialised; used by `head_logits`
             self.param("head", nn.initializers.normal(0.02), (spec.width, spec.vocab_size))
         block_type = nn.remat(Block) if self.remat else Block
@@ -227,6 +229,7 @@ class Decoder(nn.Module):
         for i, layer in enumerate(spec.layers):
             block = block_type(spec, layer, name=f"layer_{i}")
             x, layer_cache = block(x, positions, visible, None if cache is None else cache[i], slot)
+            x = by_rows(x)
             layer_caches.append(layer_cache)
         return Norm(spec.norm, spec.norm_eps, name="final_norm")(x), tuple(layer_caches)
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,18 @@ def open_model(path_or_id: str, *, ignored_config_fields: tuple[str, ...] = ()) 
     return ModelDirectory(path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path))
 
 
-def load_params(directory: Path, config: PretrainedConfig, spec: DecoderSpec, *, dtype=jnp.float32) -> Params:
-    """Weights of a directory, or an error that lists every missing, unexpected and misshapen tensor."""
+def load_params(
+    directory: Path,
+    config: PretrainedConfig,
+    spec: DecoderSpec,
+    *,
+    dtype=jnp.float32,
+    place: Callable[[str, np.ndarray], jax.Array] = lambda _, array: jnp.asarray(array),
+) -> Params:
+    """Weights of a directory, or an error that lists every missing, unexpected and misshapen tensor.
+
+    `place` puts the array of a parameter's path (`layer_0/attn/q/kernel`) where it belongs, one after the other.
+    """
     shapes = {path: leaf.shape for path, leaf in _by_path(abstract_params(spec)).items()}
     files = _tensor_files(directory)
     prefix = family_of(config).prefix
@@ -105,7 +115,8 @@ def load_params(directory: Path, config: PretrainedConfig, spec: DecoderSpec, *,
     params = {}
     for row in rows:
         name = file_name[row.name]
-        params.update(_split_tensor(row, _read_tensor(files[name], name), shapes, dtype))
+        parts = _split_tensor(row, _read_tensor(files[name], name), shapes)
+        params |= {path: place(path, part.astype(dtype)) for path, part in parts}
     head = HEAD.name
     if spec.tied_head and head in files:
         embedding = next(file_name[row.name] for row in rows if row.params == ("embed",))
@@ -180,7 +191,7 @@ def _listing(names: list[str], most: int = 12) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _split_tensor(row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], dtype) -> Iterator[tuple[str, jax.Array]]:
+def _split_tensor(row: Tensor, stored: np.ndarray, shapes: dict[str, tuple]) -> Iterable[tuple[str, np.ndarray]]:
     value = stored.T if row.transpose else stored
     widths = [shapes[path][-1] for path in row.params]
     expected = (*shapes[row.params[0]][:-1], sum(widths))
@@ -189,8 +200,7 @@ def _split_tensor(row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], dty
             f"tensor {row.name} is {stored.dtype.name}{list(stored.shape)}; config.json asks for floating-point "
             f"{list(expected[::-1] if row.transpose else expected)}"
         )
-    for path, part in zip(row.params, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True):
-        yield path, jnp.asarray(part, dtype)
+    return zip(row.params, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True)
 
 
 def _by_path(params: Params) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_jax.monitor.samples import shown_steps
+from ppo_jax.processes import is_lead
 
 log = logging.getLogger("ppo_jax")
 
@@ -39,7 +40,7 @@ ROWS_SHOWN = 12
 
 
 class View:
-    """Shows a run while it goes on; used as a context manager."""
+    """Shows a run while it goes on, in process 0; used as a context manager."""
 
     def __init__(self, iterations: int, first_step: int):
         self._console = Console(stderr=False)
@@ -52,10 +53,11 @@ class View:
             TimeRemainingColumn(),
         )
         self._task = self._progress.add_task("iterations", total=iterations, completed=first_step)
-        self._live = Live(self._render(), console=self._console, refresh_per_second=4) if _interactive() else None
+        show = is_lead() and _interactive()
+        self._live = Live(self._render(), console=self._console, refresh_per_second=4) if show else None
 
     def __enter__(self) -> "View":
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.INFO if is_lead() else logging.ERROR)
         self._handler = (
             RichHandler(console=self._console, show_path=False, show_level=False)
             if self._live is not None
@@ -78,7 +80,7 @@ class View:
         self._progress.update(self._task, completed=step + 1)
         if self._live is not None:
             self._live.update(self._render())
-        else:
+        elif is_lead():
             line = "  ".join(f"{title} {value}" for (title, _, _), value in zip(COLUMNS, values, strict=True))
             print(f"{step:4d}  {line}", flush=True)
 

@@ -47,9 +47,12 @@ def assert_ratio_is_one(first_step: dict[str, float], *, compute_dtype: str) -> 
 @jax.jit
 def _checksums(params: Params) -> list[jax.Array]:
     def checksum(leaf):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")).reshape(-1)
-        odd_weights = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
-        return jnp.sum(bits.astype(jnp.uint32) * odd_weights, dtype=jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
+        # The index of an element in row-major order; made by axes, not by a reshape, which would gather the array.
+        index = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            index = index * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
     return [checksum(leaf) for leaf in jax.tree.leaves(params)]
 

@@ -8,16 +8,22 @@ from typing import Any
 
 from ppo_jax.config import MonitorConfig
 from ppo_jax.errors import UserError
+from ppo_jax.processes import is_lead
 
 log = logging.getLogger("ppo_jax")
 
 
 class MetricsWriter:
-    """One object per iteration in `metrics.jsonl`, flushed at once, and the same numbers to the other sinks."""
+    """One object per iteration in `metrics.jsonl`, flushed at once, and the same numbers to the other sinks.
+
+    Of several processes only process 0 writes; the numbers are the same in all.
+    """
 
     def __init__(self, directory: Path, *, first_step: int, monitor: MonitorConfig):
+        self._file, self._tensorboard, self._wandb = None, None, None
+        if not is_lead():
+            return
         self._file = open_from(directory / "metrics.jsonl", first_step)
-        self._tensorboard, self._wandb = None, None
         if monitor.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -26,8 +32,9 @@ class MetricsWriter:
             self._wandb = _start_wandb(monitor.wandb_project, directory)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -39,7 +46,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -5,6 +5,7 @@ batch it happened to sit in.
 """
 
 from enum import IntEnum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ def purpose_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> UInt
     return jax.random.fold_in(jax.random.fold_in(key, step), int(purpose))
 
 
+@partial(jax.jit, static_argnames="length")
 def rollout_uniforms(
     key: UInt32[Array, " key"], sample_index: Int[Array, " B"], *, length: int
 ) -> Float[Array, "B {length}"]:

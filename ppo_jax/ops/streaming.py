@@ -16,29 +16,50 @@ from jaxtyping import Array
 BLOCK_BYTES = 128 * 2**20
 
 
-def rows_per_block(vocab_size: int) -> int:
-    """How many rows of float32 logits fit `BLOCK_BYTES`, at least 8."""
-    return max(8, BLOCK_BYTES // (4 * vocab_size))
+def rows_per_block(vocab_size: int, *, devices: int = 1) -> int:
+    """How many rows of float32 logits, spread over some devices, fit `BLOCK_BYTES` on each; at least 8."""
+    return max(8, devices * BLOCK_BYTES // (4 * vocab_size))
 
 
 def map_row_blocks(rowwise: Callable[..., Any], *arrays: Array, block_rows: int) -> Any:
-    """`rowwise` of [n, ...] arrays, applied to [B, T, ...] arrays in blocks of `block_rows` rows; a pytree of [B, T].
+    """`rowwise` of [n, ...] arrays, applied block by block to [B, T, ...] arrays; a pytree of [B, T].
 
-    Where there are several blocks, the function is rematerialised in the backward pass: a gradient does not keep their
-    temporaries either.
+    A block is all B answers at some neighbouring positions, about `block_rows` rows and one position at least: B may be
+    spread over devices. Where there are several blocks, the function is rematerialised in the backward pass: a gradient
+    does not keep their temporaries either.
     """
     batch, length = arrays[0].shape[:2]
-    rows = batch * length
-    blocks = -(-rows // block_rows)
+    width = max(1, min(length, block_rows // batch))
+    blocks = -(-length // width)
+
+    def flatten(x):
+        return x.reshape(-1, *x.shape[2:])
 
     def split(x):
-        flat = x.reshape(rows, *x.shape[2:])
-        padded = jnp.pad(flat, [(0, blocks * block_rows - rows)] + [(0, 0)] * (flat.ndim - 1))
-        return padded.reshape(blocks, block_rows, *flat.shape[1:])
+        padded = jnp.pad(x, [(0, 0), (0, blocks * width - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, blocks, width, *x.shape[2:]), 1, 0)
 
-    if blocks <= 1:
-        outputs = rowwise(*(x.reshape(rows, *x.shape[2:]) for x in arrays))
-    else:
-        in_blocks = jax.lax.map(lambda block: jax.checkpoint(rowwise)(*block), tuple(split(x) for x in arrays))
-        outputs = jax.tree.map(lambda x: x.reshape(blocks * block_rows, *x.shape[2:])[:rows], in_blocks)
-    return jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), outputs)
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(batch, blocks * width, *x.shape[3:])[:, :length]
+
+    def over_rows(*block):
+        return jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[1:]), rowwise(*map(flatten, block)))
+
+    if blocks == 1:
+        return over_rows(*arrays)
+    in_blocks = jax.lax.map(lambda block: jax.checkpoint(over_rows)(*block), tuple(map(split, arrays)))
+    return jax.tree.map(join, in_blocks)
+
+
+def micro_batches(tree: Any, size: int) -> Any:
+    """Arrays [B, ...] as [B / size, size, ...]: micro-batch i takes every (B / size)-th row from row i on.
+
+    Where the rows of a batch are spread over devices, such a micro-batch has rows on all of them; a run of neighbours
+    would have them on a few, and the others would wait.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size, -1, *x.shape[1:]), 0, 1), tree)
+
+
+def merge_micro_batches(tree: Any) -> Any:
+    """The inverse of `micro_batches`: [n, size, ...] to [B, ...]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
