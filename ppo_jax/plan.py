@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from ppo_jax import build, rollout, scoring, update
+from ppo_jax import build, rollout, scoring, sharding, update
 from ppo_jax.config import Config
 from ppo_jax.models.decoder import Params, abstract_params, parameter_count
 from ppo_jax.models.hf_io import ModelDirectory
@@ -21,7 +21,9 @@ GIGABYTE = 1e9
 
 
 def print_plan(config: Config, *, resume: bool) -> None:
-    """Print the plan; what `build` checks of model, prompts and reward is checked here too."""
+    """Print the plan; what `build` checks of mesh, model, prompts and reward is checked here too."""
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, mesh)
     build.run_directory(config, resume=resume)
     build.load_function(config.reward.function)
     model = build.open_model(config)
@@ -35,22 +37,26 @@ def print_plan(config: Config, *, resume: bool) -> None:
         f"{model.path}: {parameter_count(params) / 1e6:.1f} M parameters, {len(prompts.texts)} prompts of up to "
         f"{longest} tokens (padded). An iteration: {batch} answers of up to {length} tokens, "
         f"{config.optimizer_steps_per_iteration} optimizer steps of {config.update.minibatch_size} answers, "
-        f"{config.micro_batch_size} at a time. {config.run.iterations} iterations."
+        f"{config.micro_batch_size} at a time. {config.run.iterations} iterations. Mesh: {dict(mesh.shape)}."
     )
-    compiled = compile_stages(config, model, params, prompt_length=longest)
-    console.print(_memory_table(config, model, params, compiled))
+    compiled = compile_stages(config, model, mesh, prompt_length=longest)
+    console.print(_memory_table(config, model, mesh, compiled))
     console.print(_time_table(config, params, prompt_length=longest))
 
 
-def compile_stages(config: Config, model: ModelDirectory, params: Params, *, prompt_length: int) -> dict[str, Any]:
+def compile_stages(
+    config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, *, prompt_length: int
+) -> dict[str, Any]:
     """The three jitted functions of an iteration, compiled for their largest shapes without any array."""
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     prompts = batch // config.rollout.answers_per_prompt
     optimizer = update.make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
-    reference = abstract_params(model.spec, config.model.compute_dtype)
+    params = sharding.abstract(mesh, abstract_params(model.spec))
+    reference = sharding.abstract(mesh, abstract_params(model.spec, config.model.compute_dtype))
+    opt_state = sharding.abstract(mesh, jax.eval_shape(optimizer.init, params))
 
     def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh, shape))
 
     answers = Rollout(
         prompt_tokens=array(jnp.int32, batch, prompt_length),
@@ -72,51 +78,57 @@ def compile_stages(config: Config, model: ModelDirectory, params: Params, *, pro
         advantages=answers.behaviour_logprobs,
     )
     dtype = config.model.compute_dtype
-    lowered = {
-        "rollout": rollout.generate.lower(
-            params,
-            array(jnp.int32, prompts, prompt_length),
-            array(bool, prompts, prompt_length),
-            array(jnp.float32, batch, length),
-            build.make_endings(config, model),
-            array(jnp.int32),
-            spec=model.spec,
-            sampling=build.make_sampling(config),
-            compute_dtype=dtype,
-        ),
-        "score": scoring.score.lower(
-            params,
-            reference,
-            answers,
-            spec=model.spec,
-            temperature=config.rollout.temperature,
-            compute_dtype=dtype,
-            micro_batch_size=config.micro_batch_size,
-        ),
-        "update": update.ppo_step.lower(
-            params,
-            jax.eval_shape(optimizer.init, params),
-            experience,
-            array(jnp.int32, config.update.minibatch_size),
-            optimizer=optimizer,
-            objective=build.make_objective(config, model),
-        ),
-    }
-    return {name: stage.compile() for name, stage in lowered.items()}
+    with jax.set_mesh(mesh):
+        return {
+            "rollout": rollout.generate.lower(
+                params,
+                array(jnp.int32, prompts, prompt_length),
+                array(bool, prompts, prompt_length),
+                array(jnp.float32, batch, length),
+                build.make_endings(config, model),
+                array(jnp.int32),
+                spec=model.spec,
+                sampling=build.make_sampling(config),
+                compute_dtype=dtype,
+            ).compile(),
+            "score": scoring.score.lower(
+                params,
+                reference,
+                answers,
+                spec=model.spec,
+                temperature=config.rollout.temperature,
+                compute_dtype=dtype,
+                micro_batch_size=config.micro_batch_size,
+            ).compile(),
+            "update": update.ppo_step.lower(
+                params,
+                opt_state,
+                experience,
+                array(jnp.int32, config.update.minibatch_size),
+                optimizer=optimizer,
+                objective=build.make_objective(config, model),
+            ).compile(),
+        }
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def device_bytes(mesh: jax.sharding.Mesh, params: Params) -> int:
+    """What one device of the mesh holds of some parameters."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(sharding.abstract(mesh, params))
+    )
 
 
-def _memory_table(config: Config, model: ModelDirectory, params: Params, compiled: dict[str, Any]) -> Table:
-    table = Table(title=f"Memory on {jax.devices()[0].device_kind}", title_justify="left")
+def _memory_table(config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, compiled: dict[str, Any]) -> Table:
+    params = abstract_params(model.spec)
+    reference = abstract_params(model.spec, config.model.compute_dtype)
+    table = Table(title=f"Memory of one device: {jax.devices()[0].device_kind}", title_justify="left")
     table.add_column("what")
     table.add_column("GB", justify="right")
     held = {
-        "policy, float32 masters": _bytes(params),
-        "two moments of AdamW, float32": 2 * _bytes(params),
-        f"reference, {config.model.compute_dtype}": _bytes(abstract_params(model.spec, config.model.compute_dtype)),
+        "policy, float32 masters": device_bytes(mesh, params),
+        "two moments of AdamW, float32": 2 * device_bytes(mesh, params),
+        f"reference, {config.model.compute_dtype}": device_bytes(mesh, reference),
     }
     temporary = {f"while in {name}": stage.memory_analysis().temp_size_in_bytes for name, stage in compiled.items()}
     for what, size in (held | temporary).items():
