@@ -25,7 +25,7 @@ from ppo_jax.models.decoder import (
 from ppo_jax.ops.logprobs import log_distribution
 from ppo_jax.ops.sampling import inverse_cdf, truncated_weights
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout
-from ppo_jax.sharding import by_rows
+from ppo_jax.sharding import by_rows, by_width
 from ppo_jax.tracing import note_compilation
 
 
@@ -93,7 +93,7 @@ def generate(
     )
     room = ((0, 0), (0, 0), (0, max_new), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(per_answer(x), room), prompt_cache)
-    logits = head_logits(params, per_answer(hidden[:, -1]), spec=spec)
+    logits = head_logits(params, by_width(per_answer(hidden[:, -1:]))[:, 0], spec=spec)
     prompt_tokens, prompt_mask = per_answer(prompt_tokens), per_answer(prompt_mask)
     prompt_lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
 

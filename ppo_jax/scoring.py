@@ -14,7 +14,7 @@ from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.masking import zero_masked
 from ppo_jax.ops.streaming import map_row_blocks, merge_micro_batches, micro_batches, rows_per_block
 from ppo_jax.records import Rollout, Scored
-from ppo_jax.sharding import device_count
+from ppo_jax.sharding import device_count, gather_again
 from ppo_jax.tracing import note_compilation
 
 
@@ -38,22 +38,24 @@ def score(
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
     params, ref_params = cast(params, compute_dtype), cast(ref_params, compute_dtype)
 
-    def score_rows(hidden, ref_hidden, tokens):
-        logits = head_logits(params, hidden, spec=spec)
-        ref_logits = head_logits(ref_params, ref_hidden, spec=spec)
-        return Scored(
-            old_logprobs=token_logprobs(logits, tokens, temperature=temperature),
-            ref_logprobs=token_logprobs(ref_logits, tokens, temperature=temperature),
-            token_kl=exact_token_kl(logits, ref_logits, temperature=temperature),
-            token_entropy=entropy(logits, temperature=temperature),
-        )
-
     def score_answers(sequences):
+        (policy, reference), sequences = gather_again((params, ref_params), sequences)
         _, _, response_tokens, response_mask = sequences
+
+        def score_rows(hidden, ref_hidden, tokens):
+            logits = head_logits(policy, hidden, spec=spec)
+            ref_logits = head_logits(reference, ref_hidden, spec=spec)
+            return Scored(
+                old_logprobs=token_logprobs(logits, tokens, temperature=temperature),
+                ref_logprobs=token_logprobs(ref_logits, tokens, temperature=temperature),
+                token_kl=exact_token_kl(logits, ref_logits, temperature=temperature),
+                token_entropy=entropy(logits, temperature=temperature),
+            )
+
         scored = map_row_blocks(
             score_rows,
-            response_hidden(params, *sequences, spec=spec),
-            response_hidden(ref_params, *sequences, spec=spec),
+            response_hidden(policy, *sequences, spec=spec),
+            response_hidden(reference, *sequences, spec=spec),
             response_tokens,
             block_rows=rows_per_block(spec.vocab_size, devices=device_count()),
         )

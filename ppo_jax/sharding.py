@@ -132,10 +132,35 @@ def rows(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 def by_rows(tree: Any) -> Any:
     """The arrays with their first axis held to data and fsdp; XLA would otherwise split a layer's width there."""
+    return _hold(tree, (ROWS,))
+
+
+def by_width(tree: Any) -> Any:
+    """Activations [B, 1, D] with rows over data and width over fsdp: weights stay in place, sums travel.
+
+    For one token of each answer, which is far smaller than the weights of a layer.
+    """
+    return _hold(tree, ("data", None, "fsdp"))
+
+
+def by_heads(tree: Any) -> Any:
+    """Activations [B, 1, F] inside of a layer, beside `by_width`: rows over data, F over tensor."""
+    return _hold(tree, ("data", None, "tensor"))
+
+
+def _hold(tree: Any, axes: tuple[Any, ...]) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(mesh.shape, (ROWS,), x.shape)), tree)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(mesh.shape, axes, x.shape)), tree)
+
+
+def gather_again(params: Any, micro_batch: Any) -> tuple[Any, Any]:
+    """Both unchanged, but tied together inside of a loop over micro-batches.
+
+    Weights that do not depend on the loop are gathered before it by XLA, those of all layers at once, and stay there.
+    """
+    return jax.lax.optimization_barrier((params, micro_batch))
 
 
 def by_rules(tree: Any) -> Any:

@@ -22,7 +22,7 @@ from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.ops.randomness import Purpose, purpose_key
 from ppo_jax.ops.streaming import map_row_blocks, micro_batches, rows_per_block
 from ppo_jax.records import Experience, TrainState
-from ppo_jax.sharding import by_rows, by_rules, device_count
+from ppo_jax.sharding import by_rows, by_rules, device_count, gather_again
 from ppo_jax.tracing import note_compilation
 
 Stats = dict[str, Array]
@@ -152,7 +152,8 @@ def loss_and_gradients(
     in_micro_batches = micro_batches((minibatch, weights), objective.micro_batch_size)
 
     def evaluate(micro_batch):
-        (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(params, *micro_batch, objective)
+        tied_params, micro_batch = gather_again(params, micro_batch)
+        (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(tied_params, *micro_batch, objective)
         return loss, stats, by_rules(gradients)
 
     def accumulate(total, micro_batch):

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.ops.logprobs import wide_dtype
-from ppo_jax.sharding import by_rows
+from ppo_jax.sharding import by_heads, by_rows, by_width
 
 Params = Any  # nested dictionaries of arrays
 Cache = tuple[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]], ...]
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         )
         if spec.rope is not None:
             queries, keys = rotate(queries, positions, spec.rope), rotate(keys, positions, spec.rope)
-        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        queries, keys, values = by_rows((queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)))
         if cache is not None:
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
@@ -168,6 +168,8 @@ class Attention(nn.Module):
             )
         mixed = attend(queries, keys, values, visible, scale=self.layer.attention_scale)
         flat = mixed.reshape(*x.shape[:2], spec.heads * spec.head_dim)
+        if cache is not None:
+            flat = by_heads(flat)
         return Linear(spec.width, bias=spec.out_bias, name="o")(flat), (keys, values)
 
 
@@ -217,11 +219,13 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, visible, cache: Cache | None = None, slot=None):
         spec = self.spec
         embedding = self.param("embed", nn.initializers.normal(0.02), (spec.vocab_size, spec.width))
-        x = embedding[tokens]
+        x = by_width(embedding[tokens])
         if spec.rope is None:
             table = self.param("positions", nn.initializers.normal(0.02), (spec.max_positions, spec.width))
             x = x + table[positions]
-        x = by_rows(x)
+        # Whole sequences: a device gathers a layer and computes its own answers. Next tokens: the weights stay.
+        place = by_rows if cache is None else by_width
+        x = place(x)
         if not spec.tied_head:  # declared here so that it is initialised; used by `head_logits`
             self.param("head", nn.initializers.normal(0.02), (spec.width, spec.vocab_size))
         block_type = nn.remat(Block) if self.remat else Block
@@ -229,7 +233,7 @@ class Decoder(nn.Module):
         for i, layer in enumerate(spec.layers):
             block = block_type(spec, layer, name=f"layer_{i}")
             x, layer_cache = block(x, positions, visible, None if cache is None else cache[i], slot)
-            x = by_rows(x)
+            x = place(x)
             layer_caches.append(layer_cache)
         return Norm(spec.norm, spec.norm_eps, name="final_norm")(x), tuple(layer_caches)
 
