@@ -47,7 +47,8 @@ def compile_stages(config: Config, model: ModelDirectory, params: Params, *, pro
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     prompts = batch // config.rollout.answers_per_prompt
     optimizer = update.make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
-    reference = abstract_params(model.spec, config.model.compute_dtype)
+    dtype = config.model.compute_dtype
+    reference = abstract_params(model.spec, dtype)
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -70,8 +71,8 @@ def compile_stages(config: Config, model: ModelDirectory, params: Params, *, pro
         response_mask=answers.response_mask,
         old_logprobs=answers.behaviour_logprobs,
         advantages=answers.behaviour_logprobs,
+        ref_hidden=array(dtype, batch, length, model.spec.width) if config.kl.form == "exact" else None,
     )
-    dtype = config.model.compute_dtype
     lowered = {
         "rollout": rollout.generate.lower(
             params,
@@ -92,12 +93,15 @@ def compile_stages(config: Config, model: ModelDirectory, params: Params, *, pro
             temperature=config.rollout.temperature,
             compute_dtype=dtype,
             micro_batch_size=config.micro_batch_size,
+            keep_ref_hidden=config.kl.form == "exact",
         ),
         "update": update.ppo_step.lower(
             params,
             jax.eval_shape(optimizer.init, params),
+            reference,
             experience,
             array(jnp.int32, config.update.minibatch_size),
+            array(jnp.float32),
             optimizer=optimizer,
             objective=build.make_objective(config, model),
         ),

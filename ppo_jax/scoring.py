@@ -4,10 +4,10 @@ Both models give hidden states [B, T, D]; their heads are streamed together over
 entropy and the exact KL of the whole vocabulary are computed without a [B, T, V] array of either.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops.kl import exact_token_kl
@@ -18,7 +18,7 @@ from ppo_jax.records import Rollout, Scored
 from ppo_jax.tracing import note_compilation
 
 
-@partial(jax.jit, static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size"))
+@partial(jax.jit, static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size", "keep_ref_hidden"))
 def score(
     params: Params,
     ref_params: Params,
@@ -28,11 +28,13 @@ def score(
     temperature: float,
     compute_dtype: str,
     micro_batch_size: int,
+    keep_ref_hidden: bool = False,
 ) -> Scored:
     """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
 
     `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
-    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1.
+    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1. With `keep_ref_hidden` the
+    reference's hidden states come along, in the compute dtype: its distribution, B x T x V numbers, is never stored.
     """
     batch = rollout.response_tokens.shape[0]
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=rollout.response_tokens.shape[1])
@@ -50,16 +52,18 @@ def score(
 
     def score_answers(sequences):
         _, _, response_tokens, response_mask = sequences
+        ref_hidden = response_hidden(ref_params, *sequences, spec=spec)
         scored = map_row_blocks(
             score_rows,
             response_hidden(params, *sequences, spec=spec),
-            response_hidden(ref_params, *sequences, spec=spec),
+            ref_hidden,
             response_tokens,
             block_rows=rows_per_block(spec.vocab_size),
         )
-        return jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
+        scored = jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
+        return replace(scored, ref_hidden=ref_hidden) if keep_ref_hidden else scored
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
     micro = jax.tree.map(lambda x: x.reshape(batch // micro_batch_size, micro_batch_size, -1), sequences)
     scored = jax.lax.map(score_answers, micro)
-    return jax.tree.map(lambda x: jnp.reshape(x, rollout.response_tokens.shape), scored)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), scored)
