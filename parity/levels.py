@@ -3,6 +3,7 @@ training. `operations` has the rows on shared inputs, where no error of the mode
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from ppo_torch_ref import update as torch_update
 from ppo_torch_ref.model import token_logits
 
 TEMPERATURE = 0.7
+KL_COEF = 0.3
 CLIP_EPS = 0.2
 OPTIMIZER_STEPS = 20
 OPTIMIZER = UpdateConfig(
@@ -36,6 +38,29 @@ CONSTANT = {
     "theirs": partial(torch_ops.constant_weights, max_response_tokens=9),
 }
 TOKEN_MEAN = {"ours": losses.token_mean_weights, "theirs": torch_ops.token_mean_weights}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one comparison of an update exercises: the ratio's clipping, the norm's clipping, the half of the KL in the
+    loss."""
+
+    name: str
+    ratio_clipped: bool = True
+    norm_clipped: bool = False
+    kl_in_loss: bool = False
+
+
+LOSSES = (
+    Update("clipping inactive", ratio_clipped=False),
+    Update("clipping active"),
+    Update("exact KL in the loss", kl_in_loss=True),
+)
+STEPS = (
+    Update("norm clipping inactive"),
+    Update("norm clipping active", norm_clipped=True),
+    Update("exact KL in the loss", norm_clipped=True, kl_in_loss=True),
+)
 
 
 def bound_for(pair: Pair, level: str) -> float:
@@ -55,10 +80,6 @@ def row_of(
     """Row of this pair; its bound is `scale` times that of the level, unless given."""
     bound = scale * bound_for(pair, level) if bound is None else bound
     return compare(level, pair.dtype, pair.case.name, compared, ours, theirs, bound=bound)
-
-
-def active(what: str, is_active: bool) -> str:
-    return f"{what} {'active' if is_active else 'inactive'}"
 
 
 def weights(pair: Pair) -> Iterator[Row]:
@@ -101,6 +122,7 @@ def scored_answers(pair: Pair) -> tuple[Named, Named, np.ndarray]:
         temperature=TEMPERATURE,
         compute_dtype=pair.dtype,
         micro_batch_size=3,
+        keep_ref_hidden=True,
     )
     twin = torch_scoring.score(pair.model, pair.ref_model, theirs, temperature=TEMPERATURE, micro_batch_size=2)
     return named(vars(scored)), named(vars(twin)), answers.response_mask
@@ -132,21 +154,22 @@ def divergences(pair: Pair) -> Iterator[Row]:
 
 
 def experience(
-    pair: Pair, *, clipping: bool, advantage_scale: float = 1.0
+    pair: Pair, case: Update, *, advantage_scale: float = 1.0
 ) -> tuple[records.Experience, torch_update.Experience]:
-    """Ragged answers with random advantages; with `clipping` the old policy is far off."""
+    """Ragged answers with random advantages; where ratios are to be clipped the old policy is far off."""
     scored, _, mask = scored_answers(pair)
     rng = np.random.default_rng(0)
     off_policy, advantages = (np.where(mask, rng.normal(0, scale, mask.shape), 0) for scale in (0.3, advantage_scale))
-    old_logprobs = scored["old_logprobs"] + off_policy * clipping
+    old_logprobs = scored["old_logprobs"] + off_policy * case.ratio_clipped
     arrays, tensors = in_both(
         pair.dtype, (*vars(ragged_answers(pair.case.vocab_size)).values(), old_logprobs, advantages)
     )
-    return records.Experience(*arrays), torch_update.Experience(*tensors)
+    ref_hidden = jnp.asarray(scored["ref_hidden"], pair.dtype) if case.kl_in_loss else None
+    return records.Experience(*arrays, ref_hidden=ref_hidden), torch_update.Experience(*tensors)
 
 
 def objectives(
-    pair: Pair, loss_weights: dict[str, Callable], *, ours: int, theirs: int
+    pair: Pair, case: Update, loss_weights: dict[str, Callable], *, ours: int, theirs: int
 ) -> tuple[update.Objective, torch_update.Objective]:
     """The objective of both stacks, each with its own micro-batch size."""
     common: Any = {"temperature": TEMPERATURE, "clip_eps": CLIP_EPS}
@@ -159,7 +182,9 @@ def objectives(
             micro_batch_size=ours,
             remat=False,
         ),
-        torch_update.Objective(**common, loss_weights=loss_weights["theirs"], micro_batch_size=theirs),
+        torch_update.Objective(
+            **common, loss_weights=loss_weights["theirs"], micro_batch_size=theirs, kl_in_loss=case.kl_in_loss
+        ),
     )
 
 
@@ -167,13 +192,14 @@ _loss_and_gradients = jax.jit(update.loss_and_gradients, static_argnames="object
 
 
 @lru_cache(maxsize=8)
-def backward(pair: Pair, *, clipping: bool) -> tuple[tuple[Named, Named], tuple[Named, Named]]:
+def backward(pair: Pair, case: Update) -> tuple[tuple[Named, Named], tuple[Named, Named]]:
     """((statistics, gradients), those of the twin) of a minibatch: ours of the whole, the twin's over micro-batches."""
-    batch, twin_batch = experience(pair, clipping=clipping)
-    objective, twin_objective = objectives(pair, CONSTANT, ours=6, theirs=2)
-    loss, sums, gradients = _loss_and_gradients(pair.params, batch, objective=objective)
+    batch, twin_batch = experience(pair, case)
+    objective, twin_objective = objectives(pair, case, CONSTANT, ours=6, theirs=2)
+    kl_coef = jnp.asarray(KL_COEF, pair.dtype)
+    loss, sums, gradients = _loss_and_gradients(pair.params, pair.ref_params, batch, kl_coef, objective=objective)
     model = pair.new_model()
-    twin_loss, twin_sums = torch_update.loss_and_gradients(model, twin_batch, twin_objective)
+    twin_loss, twin_sums = torch_update.loss_and_gradients(model, pair.ref_model, twin_batch, KL_COEF, twin_objective)
     twin_gradients = {name: param.grad for name, param in model.named_parameters()}
     return (
         (_statistics(loss, sums), pair.jax_named(gradients)),
@@ -186,6 +212,8 @@ def _statistics(loss: Any, sums: dict[str, Any]) -> Named:
     return named(
         {
             "loss": loss,
+            "loss_policy": sums["loss_policy"],
+            "loss_kl": sums["loss_kl"],
             "tokens": tokens,
             "clip_frac": sums["clipped_tokens"] / tokens,
             "approx_kl": sums["approx_kl_nats"] / tokens,
@@ -196,16 +224,16 @@ def _statistics(loss: Any, sums: dict[str, Any]) -> Named:
 
 def loss(pair: Pair) -> Iterator[Row]:
     """L7: loss, clip fraction, approximate KL and largest ratio of the update's own forward pass."""
-    for clipping in (False, True):
-        (ours, _), (theirs, _) = backward(pair, clipping=clipping)
-        ours, theirs = dict(ours), dict(theirs)
-        what = active("clipping", clipping)
+    for case in LOSSES:
+        (ours, _), (theirs, _) = backward(pair, case)
+        ours, theirs, what = dict(ours), dict(theirs), case.name
         ratio, twin_ratio = ({"ratio_max": stack.pop("ratio_max")} for stack in (ours, theirs))
         yield row_of(pair, "L7", f"loss and statistics, {what}", ours, theirs)
         # A ratio is as exact, relatively, as the log-probs it is made of.
         limit = float(twin_ratio["ratio_max"]) * bound_for(pair, "L4")
         yield row_of(pair, "L7", f"largest ratio, {what}", ratio, twin_ratio, bound=limit)
-        yield from _is_active(pair, "L7", what, bool(ours["clip_frac"] > 0), clipping)
+        yield from _is_active(pair, "L7", what, bool(ours["clip_frac"] > 0), case.ratio_clipped)
+        yield from _is_active(pair, "L7", what, bool(ours["loss_kl"] > 0), case.kl_in_loss)
 
 
 def _is_active(pair: Pair, level: str, what: str, found: bool, expected: bool) -> Iterator[Row]:
@@ -216,11 +244,11 @@ def _is_active(pair: Pair, level: str, what: str, found: bool, expected: bool) -
 
 def gradient(pair: Pair) -> Iterator[Row]:
     """L8: the gradient of every tensor, in units of the largest one of the model."""
-    for clipping in (False, True):
-        (_, ours), (_, theirs) = backward(pair, clipping=clipping)
+    for case in LOSSES:
+        (_, ours), (_, theirs) = backward(pair, case)
         largest = max(float(np.abs(x).max()) for x in theirs.values())
         (ours, ours_zero), (theirs, theirs_zero) = split_key_bias(ours), split_key_bias(theirs)
-        what = active("clipping", clipping)
+        what = case.name
         yield row_of(pair, "L8", f"gradients, {what}", ours, theirs, scale=largest)
         if ours_zero:
             zeros = {name: np.zeros_like(x) for name, x in ours_zero.items()}
@@ -231,21 +259,31 @@ def gradient(pair: Pair) -> Iterator[Row]:
 def optimizer(pair: Pair) -> Iterator[Row]:
     """L9: parameters, moments and statistics after 1 and 20 steps; ours in micro-batches, the twin's whole."""
     jax_optimizer = update.make_optimizer(OPTIMIZER, OPTIMIZER_STEPS)
-    objective, twin_objective = objectives(pair, TOKEN_MEAN, ours=2, theirs=6)
-    for norm_clipping in (False, True):
-        batch, twin_batch = experience(pair, clipping=True, advantage_scale=10.0 if norm_clipping else 1e-2)
+    kl_coef = jnp.asarray(KL_COEF, pair.dtype)
+    for case in STEPS:
+        objective, twin_objective = objectives(pair, case, TOKEN_MEAN, ours=2, theirs=6)
+        batch, twin_batch = experience(pair, case, advantage_scale=10.0 if case.norm_clipped else 1e-2)
         params, model = jax.tree.map(jnp.copy, pair.params), pair.new_model()
         state, twin = jax_optimizer.init(params), torch_optimizer(model)
         for step in range(1, OPTIMIZER_STEPS + 1):
             params, state, stats = update.ppo_step(
-                params, state, batch, jnp.arange(6), optimizer=jax_optimizer, objective=objective
+                params,
+                state,
+                pair.ref_params,
+                batch,
+                jnp.arange(6),
+                kl_coef,
+                optimizer=jax_optimizer,
+                objective=objective,
             )
-            twin_stats = torch_update.ppo_step(model, twin, twin_batch, objective=twin_objective)
+            twin_stats = torch_update.ppo_step(
+                model, twin, pair.ref_model, twin_batch, KL_COEF, objective=twin_objective
+            )
             if step not in (1, OPTIMIZER_STEPS):
                 continue
-            what = f"step {step}, {active('norm clipping', norm_clipping)}"
+            what = f"step {step}, {case.name}"
             clipped = bool(stats["update/grad_norm"] > OPTIMIZER.max_grad_norm)
-            yield from _is_active(pair, "L9", what, clipped, norm_clipping)
+            yield from _is_active(pair, "L9", what, clipped, case.norm_clipped)
             yield row_of(pair, "L9", f"statistics, {what}", *_in_own_units(named(stats), named(twin_stats)))
             yield from _parameter_rows(pair, what, pair.jax_named(params), named(model.state_dict()), step)
             # A square doubles the relative error of what is squared.

@@ -97,6 +97,11 @@ def advantage(dtype: str) -> Iterator[Row]:
     discounting: dict[str, Any] = {"discount": 0.9, "gae_lambda": 0.8}
     for compared, call in (
         ("token rewards", call_both(dtype, rewards.token_rewards, scores, token_k1, mask, kl_coef=0.1)),
+        (
+            "exact KL token rewards",
+            call_both(dtype, rewards.exact_kl_token_rewards, scores, token_k1, mask, kl_coef=0.1),
+        ),
+        ("leave one out to go", call_both(dtype, advantages.leave_one_out_to_go_advantages, token_rewards, mask)),
         ("batch mean", call_both(dtype, advantages.batch_mean_advantages, token_rewards, mask)),
         ("whitened batch mean", call_both(dtype, advantages.whitened_batch_mean_advantages, token_rewards, mask)),
         ("whitened", call_both(dtype, advantages.whiten, token_rewards, mask)),

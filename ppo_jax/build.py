@@ -104,7 +104,7 @@ def build(
         reward=reward,
         sampling=make_sampling(config),
         endings=endings,
-        token_rewards=jax.jit(k1_token_rewards),
+        token_rewards=jax.jit(pick_token_rewards(config)),
         advantages=jax.jit(pick_advantages(config)),
         objective=make_objective(config, model),
         optimizer=optimizer,
@@ -141,12 +141,29 @@ def k1_token_rewards(
     return rewards.token_rewards(seq_scores, token_k1, response_mask, kl_coef=kl_coef)
 
 
+def exact_kl_token_rewards(
+    seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float | jax.Array
+) -> jax.Array:
+    """The `exact` form of the KL, its half in the reward; `Experience.ref_hidden` brings the half in the loss."""
+    return rewards.exact_kl_token_rewards(seq_scores, scored.token_kl, response_mask, kl_coef=kl_coef)
+
+
+def pick_token_rewards(config: Config) -> Callable[..., jax.Array]:
+    match config.kl.form:
+        case "k1":
+            return k1_token_rewards
+        case "exact":
+            return exact_kl_token_rewards
+
+
 def pick_advantages(config: Config) -> Callable[..., jax.Array]:
     match config.advantage.estimator:
         case "batch_mean":
             return advantages.batch_mean_advantages
         case "whitened_batch_mean":
             return advantages.whitened_batch_mean_advantages
+        case "leave_one_out_to_go":
+            return advantages.leave_one_out_to_go_advantages
 
 
 def pick_loss_weights(config: Config) -> Callable[..., jax.Array]:

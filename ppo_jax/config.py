@@ -107,12 +107,18 @@ class RolloutConfig(Section, frozen=True):
 
 class KlConfig(Section, frozen=True):
     coef: NonNegativeFloat = Field(default=0.05, description="β, score units per nat of KL to the reference")
+    form: Literal["k1", "exact"] = Field(
+        default="k1",
+        description="k1: the sampled log-ratio in the reward; exact: the exact KL of the coming tokens in the reward "
+        "and that of the current one in the loss, for advantage.estimator leave_one_out_to_go",
+    )
 
 
 class AdvantageConfig(Section, frozen=True):
-    estimator: Literal["batch_mean", "whitened_batch_mean"] = Field(
+    estimator: Literal["batch_mean", "whitened_batch_mean", "leave_one_out_to_go"] = Field(
         default="batch_mean",
-        description="reward minus the batch mean; whitened: divided by the standard deviation too",
+        description="reward minus the batch mean; whitened: divided by the standard deviation too; "
+        "leave_one_out_to_go: reward still to come minus its mean over the other answers",
     )
 
 
@@ -331,6 +337,12 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("rollout.min_new_tokens", "rollout.max_new_tokens"),
             f"rollout.min_new_tokens ({rollout.min_new_tokens}) must be at most rollout.max_new_tokens "
             f"({rollout.max_new_tokens})",
+        )
+    if config.kl.form == "exact" and config.advantage.estimator != "leave_one_out_to_go":
+        yield (
+            ("kl.form", "advantage.estimator"),
+            f"advantage.estimator ({config.advantage.estimator}) must be leave_one_out_to_go with kl.form exact: the "
+            f"KL in the loss is neither shrunk by a batch mean nor divided by a standard deviation",
         )
     if rollout.batch_size == 1:
         yield (

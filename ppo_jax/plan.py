@@ -51,8 +51,9 @@ def compile_stages(
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     prompts = batch // config.rollout.answers_per_prompt
     optimizer = update.make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
+    dtype = config.model.compute_dtype
     params = sharding.abstract(mesh, abstract_params(model.spec))
-    reference = sharding.abstract(mesh, abstract_params(model.spec, config.model.compute_dtype))
+    reference = sharding.abstract(mesh, abstract_params(model.spec, dtype))
     opt_state = sharding.abstract(mesh, jax.eval_shape(optimizer.init, params))
 
     def array(dtype: Any, *shape: int) -> Any:
@@ -76,8 +77,8 @@ def compile_stages(
         response_mask=answers.response_mask,
         old_logprobs=answers.behaviour_logprobs,
         advantages=answers.behaviour_logprobs,
+        ref_hidden=array(dtype, batch, length, model.spec.width) if config.kl.form == "exact" else None,
     )
-    dtype = config.model.compute_dtype
     with jax.set_mesh(mesh):
         return {
             "rollout": rollout.generate.lower(
@@ -99,12 +100,15 @@ def compile_stages(
                 temperature=config.rollout.temperature,
                 compute_dtype=dtype,
                 micro_batch_size=config.micro_batch_size,
+                keep_ref_hidden=config.kl.form == "exact",
             ).compile(),
             "update": update.ppo_step.lower(
                 params,
                 opt_state,
+                reference,
                 experience,
                 array(jnp.int32, config.update.minibatch_size),
+                array(jnp.float32),
                 optimizer=optimizer,
                 objective=build.make_objective(config, model),
             ).compile(),

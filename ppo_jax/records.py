@@ -49,6 +49,8 @@ class Scored:
     ref_logprobs: Float[Array, "B T"]  # nats per token, frozen reference
     token_kl: Float[Array, "B T"]  # exact KL(policy || reference) over the whole vocabulary, nats per token
     token_entropy: Float[Array, "B T"]  # of the policy, nats per token
+    # Where the exact KL is in the loss: the reference's last hidden states, from which its head makes its distribution.
+    ref_hidden: Float[Array, "B T D"] | None = None
 
 
 @struct.dataclass
@@ -61,6 +63,7 @@ class Experience:
     response_mask: Bool[Array, "B T"]
     old_logprobs: Float[Array, "B T"]  # nats per token, frozen
     advantages: Float[Array, "B T"]  # units of the reward
+    ref_hidden: Float[Array, "B T D"] | None = None  # as in `Scored`; None where the loss has no KL term
 
 
 @struct.dataclass

@@ -4,6 +4,7 @@ Both models give hidden states [B, T, D]; their heads are streamed together over
 entropy and the exact KL of the whole vocabulary are computed without a [B, T, V] array of either.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,11 +15,11 @@ from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.masking import zero_masked
 from ppo_jax.ops.streaming import map_row_blocks, merge_micro_batches, micro_batches, rows_per_block
 from ppo_jax.records import Rollout, Scored
-from ppo_jax.sharding import device_count, gather_again
+from ppo_jax.sharding import by_rows, device_count, gather_again
 from ppo_jax.tracing import note_compilation
 
 
-@partial(jax.jit, static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size"))
+@partial(jax.jit, static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size", "keep_ref_hidden"))
 def score(
     params: Params,
     ref_params: Params,
@@ -28,11 +29,13 @@ def score(
     temperature: float,
     compute_dtype: str,
     micro_batch_size: int,
+    keep_ref_hidden: bool = False,
 ) -> Scored:
     """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
 
     `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
-    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1.
+    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1. With `keep_ref_hidden` the
+    reference's hidden states come along, in the compute dtype: its distribution, B x T x V numbers, is never stored.
     """
     batch, length = rollout.response_tokens.shape
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
@@ -52,15 +55,17 @@ def score(
                 token_entropy=entropy(logits, temperature=temperature),
             )
 
+        ref_hidden = response_hidden(reference, *sequences, spec=spec)
         scored = map_row_blocks(
             score_rows,
             response_hidden(policy, *sequences, spec=spec),
-            response_hidden(reference, *sequences, spec=spec),
+            ref_hidden,
             response_tokens,
             block_rows=rows_per_block(spec.vocab_size, devices=device_count()),
         )
-        return jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
+        scored = jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
+        return replace(scored, ref_hidden=ref_hidden) if keep_ref_hidden else scored
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
     scored = jax.lax.map(score_answers, micro_batches(sequences, micro_batch_size))
-    return merge_micro_batches(scored)
+    return by_rows(merge_micro_batches(scored))

@@ -78,6 +78,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             temperature=config.rollout.temperature,
             compute_dtype=compute_dtype,
             micro_batch_size=config.micro_batch_size,
+            keep_ref_hidden=config.kl.form == "exact",
         )
 
         # 4. Score and KL become the total reward, token by token.
@@ -86,7 +87,9 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         # 5. The advantage: which answers were better than their batch.
         advantages = run.advantages(token_rewards, answers.response_mask)  # [B, T]
 
-        observed = metrics.to_host(metrics.experience_metrics(answers, scored, seq_scores, token_rewards))
+        observed = metrics.to_host(
+            metrics.experience_metrics(answers, scored, seq_scores, jnp.asarray(config.kl.coef, jnp.float32))
+        )
     if step == 0:
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
         warn(audit(sharding.read(seq_scores)))
@@ -100,9 +103,10 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             response_mask=answers.response_mask,
             old_logprobs=scored.old_logprobs,
             advantages=advantages,
+            ref_hidden=scored.ref_hidden,
         )
         state, optimizer_steps = update.update(
-            state, experience, config=config, optimizer=run.optimizer, objective=run.objective
+            state, run.ref_params, experience, config=config, optimizer=run.optimizer, objective=run.objective
         )
         stats = [metrics.to_host(stats) for stats in optimizer_steps]
     if step == 0:

@@ -89,9 +89,15 @@ def make_optimizer(update: UpdateConfig, total_steps: int) -> optax.GradientTran
     return optax.chain(optax.clip_by_global_norm(update.max_grad_norm), adamw)
 
 
-def policy_logprobs(params: Params, experience: Experience, objective: Objective) -> Float[Array, "B T"]:
-    """Log-probs of the response tokens under the parameters being trained, in nats per token, 0 at masked positions."""
-    params = cast(params, objective.compute_dtype)
+def policy_terms(
+    params: Params, ref_params: Params, experience: Experience, objective: Objective
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """What the loss needs of the parameters being trained, in nats per token, 0 at masked positions.
+
+    Log-probs of the response tokens, and the exact KL to the reference where the experience carries the reference's
+    hidden states (0 elsewhere): both heads are streamed together, as in scoring.
+    """
+    params, ref_params = cast(params, objective.compute_dtype), cast(ref_params, objective.compute_dtype)
     hidden = response_hidden(
         params,
         experience.prompt_tokens,
@@ -101,33 +107,43 @@ def policy_logprobs(params: Params, experience: Experience, objective: Objective
         spec=objective.spec,
         remat=objective.remat,
     )
+    spec, temperature = objective.spec, objective.temperature
 
-    def rows(hidden, tokens):
-        return token_logprobs(
-            head_logits(params, hidden, spec=objective.spec), tokens, temperature=objective.temperature
-        )
+    def rows(hidden, tokens, ref_hidden=None):
+        logits = head_logits(params, hidden, spec=spec)
+        logprobs = token_logprobs(logits, tokens, temperature=temperature)
+        if ref_hidden is None:
+            return logprobs, jnp.zeros_like(logprobs)
+        ref_logits = head_logits(ref_params, ref_hidden, spec=spec)
+        return logprobs, kl.exact_token_kl(logits, ref_logits, temperature=temperature)
 
-    logprobs = map_row_blocks(
-        rows,
-        hidden,
-        experience.response_tokens,
-        block_rows=rows_per_block(objective.spec.vocab_size, devices=device_count()),
-    )
-    return masking.zero_masked(logprobs, experience.response_mask)
+    inputs = [hidden, experience.response_tokens] + ([] if experience.ref_hidden is None else [experience.ref_hidden])
+    block_rows = rows_per_block(spec.vocab_size, devices=device_count())
+    logprobs, token_kl = map_row_blocks(rows, *inputs, block_rows=block_rows)
+    mask = experience.response_mask
+    return masking.zero_masked(logprobs, mask), masking.zero_masked(token_kl, mask)
 
 
 def policy_loss(
-    params: Params, experience: Experience, weights: Float[Array, "B T"], objective: Objective
+    params: Params,
+    ref_params: Params,
+    experience: Experience,
+    weights: Float[Array, "B T"],
+    kl_coef: Float[Array, ""],
+    objective: Objective,
 ) -> tuple[Float[Array, ""], Stats]:
-    """Σ w ℓ of some answers and the sums that the step's statistics are made of."""
+    """Σ w (ℓ + β KL) of some answers and the sums that the step's statistics are made of; KL is 0 in the `k1` form."""
     mask = experience.response_mask
-    logprobs = policy_logprobs(params, experience, objective)
+    logprobs, token_kl = policy_terms(params, ref_params, experience, objective)
     old_logprobs = masking.zero_masked(experience.old_logprobs, mask)
     advantages = masking.zero_masked(experience.advantages, mask)
     token_losses = losses.clipped_policy_loss(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
+    policy, penalty = losses.weighted_sum(token_losses, weights), kl_coef * losses.weighted_sum(token_kl, weights)
     clipped = losses.clipping_acts(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
     log_ratio = logprobs - old_logprobs
-    return losses.weighted_sum(token_losses, weights), {
+    return policy + penalty, {
+        "loss_policy": policy,
+        "loss_kl": penalty,
         "tokens": masking.masked_count(mask, dtype=logprobs.dtype),
         "clipped_tokens": masking.masked_count(clipped & mask, dtype=logprobs.dtype),
         "approx_kl_nats": masking.masked_sum(kl.k3(old_logprobs, logprobs), mask),
@@ -145,15 +161,17 @@ def _combine(first: Stats, second: Stats) -> Stats:
 
 
 def loss_and_gradients(
-    params: Params, minibatch: Experience, objective: Objective
+    params: Params, ref_params: Params, minibatch: Experience, kl_coef: Float[Array, ""], objective: Objective
 ) -> tuple[Float[Array, ""], Stats, Params]:
     """Loss, statistics and gradients of a minibatch, accumulated over its micro-batches."""
     weights = objective.loss_weights(minibatch.response_mask, dtype=minibatch.old_logprobs.dtype)
     in_micro_batches = micro_batches((minibatch, weights), objective.micro_batch_size)
 
     def evaluate(micro_batch):
-        tied_params, micro_batch = gather_again(params, micro_batch)
-        (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(tied_params, *micro_batch, objective)
+        (policy, reference), micro_batch = gather_again((params, ref_params), micro_batch)
+        (loss, stats), gradients = jax.value_and_grad(policy_loss, has_aux=True)(
+            policy, reference, *micro_batch, kl_coef, objective
+        )
         return loss, stats, by_rules(gradients)
 
     def accumulate(total, micro_batch):
@@ -172,8 +190,10 @@ def loss_and_gradients(
 def ppo_step(
     params: Params,
     opt_state: optax.OptState,
+    ref_params: Params,
     experience: Experience,
     rows: Int[Array, " minibatch"],
+    kl_coef: Float[Array, ""],
     *,
     optimizer: optax.GradientTransformation,
     objective: Objective,
@@ -186,7 +206,7 @@ def ppo_step(
         "update", B=rows.shape[0], P=experience.prompt_tokens.shape[1], T=experience.response_tokens.shape[1]
     )
     minibatch = by_rows(jax.tree.map(lambda x: x[rows], experience))
-    loss, sums, gradients = loss_and_gradients(params, minibatch, objective)
+    loss, sums, gradients = loss_and_gradients(params, ref_params, minibatch, kl_coef, objective)
     grad_norm = optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
         updates, new_opt_state = optimizer.update(gradients, opt_state, params)
@@ -194,7 +214,8 @@ def ppo_step(
     updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
     new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
     stats = {
-        "loss/policy": loss,
+        "loss/policy": sums["loss_policy"],
+        "loss/kl": sums["loss_kl"],
         "policy/clip_frac": sums["clipped_tokens"] / sums["tokens"],
         "policy/approx_kl_nats": sums["approx_kl_nats"] / sums["tokens"],
         "policy/ratio_max": sums["ratio_max"],
@@ -209,6 +230,7 @@ def ppo_step(
 
 def update(
     state: TrainState,
+    ref_params: Params,
     experience: Experience,
     *,
     config: Config,
@@ -220,6 +242,7 @@ def update(
     `state` is consumed: its buffers are donated. The shuffle is a function of (seed, step, epoch).
     """
     batch, size = config.rollout.batch_size, config.update.minibatch_size
+    kl_coef = jnp.asarray(config.kl.coef, experience.old_logprobs.dtype)
     params, opt_state, all_stats = state.params, state.opt_state, []
     for epoch in range(config.update.epochs):
         key = jax.random.fold_in(purpose_key(config.run.seed, state.step, Purpose.SHUFFLE), epoch)
@@ -228,8 +251,10 @@ def update(
             params, opt_state, stats = ppo_step(
                 params,
                 opt_state,
+                ref_params,
                 experience,
                 order[start : start + size],
+                kl_coef,
                 optimizer=optimizer,
                 objective=objective,
             )

@@ -115,6 +115,7 @@ def build(config: SimpleNamespace, *, dtype: torch.dtype, device: str, hf: bool)
                 "sequence_mean": ops.sequence_mean_weights,
             }[update.normaliser],
             micro_batch_size=update.micro_batch_size or update.minibatch_size,
+            kl_in_loss=config.kl.form == "exact",
         ),
         optimizer=AdamW(
             model,

@@ -32,11 +32,13 @@ def masked_mean(x: Tensor, mask: Tensor, *, axis: int | None = None) -> Tensor:
     return masked_sum(x, mask, axis=axis) / masked_count(mask, axis=axis, dtype=x.dtype).clamp(min=1)
 
 
-def masked_center(x: Tensor, mask: Tensor) -> Tensor:
+def masked_center(x: Tensor, mask: Tensor, *, axis: int | None = None) -> Tensor:
     """`x` minus its masked mean; a reference element goes first, so that large equal numbers give exactly 0."""
-    first = torch.argmax(mask.flatten().int())
-    shifted = zero_masked(x - x.flatten()[first], mask)
-    return zero_masked(shifted - masked_mean(shifted, mask), mask)
+    if axis is None:
+        return masked_center(x.flatten(), mask.flatten(), axis=0).reshape(x.shape)
+    first = x.gather(axis, torch.argmax(mask.int(), dim=axis, keepdim=True))
+    shifted = zero_masked(x - first, mask)
+    return zero_masked(shifted - masked_mean(shifted, mask, axis=axis).unsqueeze(axis), mask)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
@@ -129,9 +131,20 @@ def future_kl(token_kl: Tensor, response_mask: Tensor) -> Tensor:
 
 def token_rewards(seq_scores: Tensor, token_k1: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
     """r_t = −β k1_t on every response token, plus the score on the last one."""
+    return score_on_last_token(seq_scores, response_mask) - kl_coef * zero_masked(token_k1, response_mask)
+
+
+def exact_kl_token_rewards(seq_scores: Tensor, token_kl: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
+    """r_t = −β m_{t+1} KL_{t+1}, plus the score on the last response token; β KL_t is in the loss."""
+    kl_of_next = zero_masked(token_kl, response_mask).roll(-1, dims=1)
+    kl_of_next[:, -1] = 0
+    return score_on_last_token(seq_scores, response_mask) - kl_coef * zero_masked(kl_of_next, response_mask)
+
+
+def score_on_last_token(seq_scores: Tensor, response_mask: Tensor) -> Tensor:
     position = torch.arange(response_mask.shape[1], device=response_mask.device)
     is_last = (position == last_position(response_mask)[:, None]) & response_mask
-    return zero_masked(-kl_coef * token_k1, response_mask) + zero_masked(seq_scores[:, None], is_last)
+    return zero_masked(seq_scores[:, None], is_last)
 
 
 def batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
@@ -144,6 +157,17 @@ def whitened_batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor)
     """A_bt = (R_b − mean R) / sqrt(var R + 1e-8), mean and variance over answers."""
     seq_rewards = masked_sum(token_rewards, response_mask, axis=1)
     return zero_masked(whiten(seq_rewards, response_mask.any(dim=1))[:, None], response_mask)
+
+
+def leave_one_out_to_go_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """A_bt = G_bt − mean over the other answers of G_b't, G_bt = Σ_{t' >= t} r_bt'; ended answers keep their last G."""
+    rewards, answered = zero_masked(token_rewards, response_mask), response_mask.any(dim=1)
+    to_go = torch.stack([rewards[:, t:].sum(dim=1) for t in range(rewards.shape[1])], dim=1)
+    last = to_go.gather(1, last_position(response_mask)[:, None])
+    held = torch.where(response_mask, to_go, last)
+    count = masked_count(answered, dtype=held.dtype)
+    centered = masked_center(held, answered[:, None].expand_as(held), axis=0)
+    return zero_masked(centered * count / (count - 1).clamp(min=1), response_mask)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:

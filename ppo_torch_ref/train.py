@@ -62,13 +62,14 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
 
     # 4. Score and KL become the total reward, token by token.
     mask = rollout.response_mask
-    token_k1 = ops.k1(scored.old_logprobs, scored.ref_logprobs)
-    token_rewards = ops.token_rewards(seq_scores, token_k1, mask, kl_coef=config.kl.coef)
+    if config.kl.form == "exact":
+        token_rewards = ops.exact_kl_token_rewards(seq_scores, scored.token_kl, mask, kl_coef=config.kl.coef)
+    else:
+        token_k1 = ops.k1(scored.old_logprobs, scored.ref_logprobs)
+        token_rewards = ops.token_rewards(seq_scores, token_k1, mask, kl_coef=config.kl.coef)
 
     # 5. The advantage: which answers were better than their batch.
-    whitened = config.advantage.estimator == "whitened_batch_mean"
-    estimate = ops.whitened_batch_mean_advantages if whitened else ops.batch_mean_advantages
-    advantages = estimate(token_rewards, mask)
+    advantages = getattr(ops, f"{config.advantage.estimator}_advantages")(token_rewards, mask)
 
     # 6. A few small, clipped steps.
     experience = Experience(
@@ -77,7 +78,9 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
     all_stats = update(
         parts.model,
         parts.optimizer,
+        parts.reference,
         experience,
+        config.kl.coef,
         objective=parts.objective,
         epochs=config.update.epochs,
         minibatch_size=config.update.minibatch_size,
@@ -88,7 +91,7 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
     seconds = dict(zip(("rollout", "reward", "score", "update"), np.diff(clock).tolist(), strict=True))
     return {
         "step": step,
-        **experience_metrics(rollout, scored, seq_scores, token_rewards),
+        **experience_metrics(rollout, scored, seq_scores, config.kl.coef),
         "kl/coef": config.kl.coef,
         **summarise(all_stats),
         **{f"time/{name}_s": value for name, value in seconds.items()},
@@ -97,7 +100,7 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
     }
 
 
-def experience_metrics(rollout: Rollout, scored: Scored, seq_scores: Tensor, token_rewards: Tensor) -> Stats:
+def experience_metrics(rollout: Rollout, scored: Scored, seq_scores: Tensor, kl_coef: float) -> Stats:
     """Scores, KL, lengths and log-probs of one batch of answers, before it is trained on."""
     mask = rollout.response_mask
     answered, lengths = mask.any(dim=1), ops.masked_count(mask, axis=1)
@@ -105,15 +108,16 @@ def experience_metrics(rollout: Rollout, scored: Scored, seq_scores: Tensor, tok
     def mean_over_answers(token_values: Tensor) -> Tensor:
         return ops.masked_mean(ops.masked_sum(token_values, mask, axis=1), answered)
 
+    score, seq_kl = ops.masked_mean(seq_scores, answered), mean_over_answers(scored.token_kl)
     quantiles = ops.masked_quantiles(scored.old_logprobs, mask, tuple(QUANTILES.values()))
     metrics = {
-        "kl/seq_nats": mean_over_answers(scored.token_kl),
+        "kl/seq_nats": seq_kl,
         "kl/token_nats": ops.masked_mean(scored.token_kl, mask),
         "kl/token_max_nats": ops.masked_max(scored.token_kl, mask),
         "kl/k1_seq_nats": mean_over_answers(ops.k1(scored.old_logprobs, scored.ref_logprobs)),
-        "score/mean": ops.masked_mean(seq_scores, answered),
+        "score/mean": score,
         "score/std": ops.masked_var(seq_scores, answered).sqrt(),
-        "reward/mean": mean_over_answers(token_rewards),
+        "reward/mean": score - kl_coef * seq_kl,
         "response/len_mean_tokens": ops.masked_mean(lengths, answered),
         "response/truncated_frac": (rollout.finish_reason == TRUNCATED).float().mean(),
         "logprob/mean": ops.masked_mean(scored.old_logprobs, mask),

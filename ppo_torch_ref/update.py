@@ -35,12 +35,16 @@ class Experience:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the update minimises; `loss_weights` is one of `ops.*_weights`: mask -> weights."""
+    """What the update minimises; `loss_weights` is one of `ops.*_weights`: mask -> weights.
+
+    `kl_in_loss` is the `exact` form's half of the penalty.
+    """
 
     temperature: float
     clip_eps: float
     loss_weights: Callable[..., Tensor]
     micro_batch_size: int
+    kl_in_loss: bool
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
@@ -109,36 +113,53 @@ class AdamW:
 
 
 def policy_loss(
-    model: nn.Module, experience: Experience, weights: Tensor, objective: Objective
+    model: nn.Module,
+    reference: nn.Module,
+    experience: Experience,
+    weights: Tensor,
+    kl_coef: float,
+    objective: Objective,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ w ℓ of some answers and the sums that the step's statistics are made of."""
+    """Σ w (ℓ + β KL) of some answers, β KL in the `exact` form only, and the sums that the statistics are made of."""
     mask = experience.response_mask
-    logits = response_logits(model, experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
+    sequences = (experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
+    logits = response_logits(model, *sequences)
     logprobs = ops.token_logprobs(logits, experience.response_tokens, temperature=objective.temperature)
     logprobs, old_logprobs, advantages = (
         ops.zero_masked(x, mask) for x in (logprobs, experience.old_logprobs, experience.advantages)
     )
     token_losses = ops.clipped_policy_loss(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
+    policy = ops.weighted_sum(token_losses, weights)
+    penalty = torch.zeros_like(policy)
+    if objective.kl_in_loss:
+        with torch.no_grad():  # the reference is asked again instead of stored
+            ref_logits = response_logits(reference, *sequences)
+        token_kl = ops.exact_token_kl(logits, ref_logits, temperature=objective.temperature)
+        penalty = kl_coef * ops.weighted_sum(token_kl, weights)
     with torch.no_grad():
         clipped = ops.clipping_acts(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
         log_ratio = logprobs - old_logprobs
         stats = {
+            "loss_policy": policy.detach(),
+            "loss_kl": penalty.detach(),
             "tokens": ops.masked_count(mask),
             "clipped_tokens": ops.masked_count(clipped & mask),
             "approx_kl_nats": ops.masked_sum(ops.k3(old_logprobs, logprobs), mask),
             "ratio_max": ops.masked_max(torch.exp(log_ratio), mask),
             "log_ratio_abs_max": ops.masked_max(log_ratio.abs(), mask),
         }
-    return ops.weighted_sum(token_losses, weights), stats
+    return policy + penalty, stats
 
 
-def loss_and_gradients(model: nn.Module, minibatch: Experience, objective: Objective) -> tuple[float, Stats]:
+def loss_and_gradients(
+    model: nn.Module, reference: nn.Module, minibatch: Experience, kl_coef: float, objective: Objective
+) -> tuple[float, Stats]:
     """Loss and statistics of a minibatch; the gradients, summed over its micro-batches, are left in `.grad`."""
     weights = objective.loss_weights(minibatch.response_mask, dtype=minibatch.old_logprobs.dtype)
     model.zero_grad()
     total, sums = 0.0, {}
     for rows in torch.arange(len(weights)).split(objective.micro_batch_size):
-        loss, stats = policy_loss(model, minibatch.rows(rows), weights[rows], objective)
+        loss, stats = policy_loss(model, reference, minibatch.rows(rows), weights[rows], kl_coef, objective)
         loss.backward()
         total += float(loss.detach())
         for name, value in stats.items():
@@ -147,13 +168,22 @@ def loss_and_gradients(model: nn.Module, minibatch: Experience, objective: Objec
     return total, sums
 
 
-def ppo_step(model: nn.Module, optimizer: AdamW, minibatch: Experience, *, objective: Objective) -> Stats:
+def ppo_step(
+    model: nn.Module,
+    optimizer: AdamW,
+    reference: nn.Module,
+    minibatch: Experience,
+    kl_coef: float,
+    *,
+    objective: Objective,
+) -> Stats:
     """One optimizer step; one whose loss or gradient is not finite changes nothing and is counted as skipped."""
-    loss, sums = loss_and_gradients(model, minibatch, objective)
+    loss, sums = loss_and_gradients(model, reference, minibatch, kl_coef, objective)
     grad_norm = global_norm(optimizer.gradients().values())
     finite = math.isfinite(loss) and bool(torch.isfinite(grad_norm))
     return {
-        "loss/policy": loss,
+        "loss/policy": sums["loss_policy"],
+        "loss/kl": sums["loss_kl"],
         "policy/clip_frac": sums["clipped_tokens"] / sums["tokens"],
         "policy/approx_kl_nats": sums["approx_kl_nats"] / sums["tokens"],
         "policy/ratio_max": sums["ratio_max"],
@@ -167,7 +197,9 @@ def ppo_step(model: nn.Module, optimizer: AdamW, minibatch: Experience, *, objec
 def update(
     model: nn.Module,
     optimizer: AdamW,
+    reference: nn.Module,
     experience: Experience,
+    kl_coef: float,
     *,
     objective: Objective,
     epochs: int,
@@ -179,7 +211,8 @@ def update(
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(len(experience.response_tokens)))
         for rows in order.split(minibatch_size):
-            all_stats.append(ppo_step(model, optimizer, experience.rows(rows), objective=objective))
+            minibatch = experience.rows(rows)
+            all_stats.append(ppo_step(model, optimizer, reference, minibatch, kl_coef, objective=objective))
     return all_stats
 
 

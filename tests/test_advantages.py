@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.ops.advantages import batch_mean_advantages, gae_advantages, whiten
+from ppo_jax.ops.advantages import (
+    batch_mean_advantages,
+    gae_advantages,
+    leave_one_out_to_go_advantages,
+    whiten,
+)
 
 SHAPES = [(4, 5), (5, 5), (1, 3)]
 seeds = st.integers(0, 2**31)
@@ -83,6 +88,36 @@ def test_rows_of_padding_are_left_out_of_the_mean():
     rewards = jnp.array([[1.0], [3.0], [1000.0]])
     ours = batch_mean_advantages(rewards, jnp.array([[True], [True], [False]]))
     np.testing.assert_array_equal(ours, [[-1.0], [1.0], [0.0]])
+
+
+# ---------------------------------------------------------------------------- leave one out, to go
+
+
+def to_go(rewards, mask, b, t):
+    """Reward still to come at t, or that of the last token where the answer has ended."""
+    length = int(mask[b].sum())
+    return float(rewards[b, min(t, length - 1) : length].astype(np.float64).sum())
+
+
+@given(seed=seeds, shape=st.sampled_from(SHAPES[:2]), poison=st.sampled_from(["nan", "1e30"]))
+def test_every_token_gets_its_reward_to_go_minus_the_mean_of_the_others_at_its_position(seed, shape, poison):
+    rewards, mask = draw(seed, shape)
+    answered = [b for b in range(shape[0]) if mask[b].any()]
+    expected = np.zeros(shape)
+    for b in answered:
+        for t in range(int(mask[b].sum())):
+            others = [to_go(rewards, mask, other, t) for other in answered if other != b]
+            expected[b, t] = to_go(rewards, mask, b, t) - np.mean(others) if others else 0.0
+    ours = np.asarray(leave_one_out_to_go_advantages(dirty(rewards, mask, poison), jnp.asarray(mask)))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert not ours[~mask].any()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equal_scores_or_a_single_answer_leave_nothing_to_go_for(batch):
+    mask = jnp.arange(4)[None] < jnp.array([4, 1, 3])[:batch, None]
+    rewards = jnp.where(jnp.arange(4)[None] == jnp.array([3, 0, 2])[:batch, None], 1e8 / 3, 0.0)
+    np.testing.assert_array_equal(leave_one_out_to_go_advantages(rewards, mask), np.zeros((batch, 4)))
 
 
 # ---------------------------------------------------------------------------- whitening

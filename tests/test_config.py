@@ -252,6 +252,7 @@ def test_a_value_out_of_its_range_or_type_is_refused_with_key_and_value(key, val
         ),
         ({"rollout.min_new_tokens": 49}, "rollout.min_new_tokens (49) must be at most rollout.max_new_tokens (48)"),
         ({"rollout.batch_size": 1, "update.minibatch_size": 1}, "a single answer has advantage 0"),
+        ({"kl.form": "exact"}, "advantage.estimator (batch_mean) must be leave_one_out_to_go with kl.form exact"),
         (
             {"update.warmup_steps": 8, "run.iterations": 2},
             "update.warmup_steps (8) must be below the run's 8 optimizer steps",

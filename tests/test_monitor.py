@@ -75,8 +75,8 @@ def test_metrics_are_those_of_the_response_tokens_alone():
         group_id=jnp.arange(3),
         policy_version=jnp.zeros((), jnp.int32),
     )
-    scores, token_rewards = jnp.asarray([1.0, -1.0, 3.0]), values()
-    found = metrics.to_host(metrics.experience_metrics(rollout, scored, scores, token_rewards))
+    scores = jnp.asarray([1.0, -1.0, 3.0])
+    found = metrics.to_host(metrics.experience_metrics(rollout, scored, scores, jnp.float32(0.25)))
     old, ref, kl = (np.asarray(x, np.float64) for x in (scored.old_logprobs, scored.ref_logprobs, scored.token_kl))
     expected = {
         "kl/seq_nats": np.mean([kl[b, :n].sum() for b, n in enumerate(lengths)]),
@@ -85,7 +85,7 @@ def test_metrics_are_those_of_the_response_tokens_alone():
         "kl/k1_seq_nats": np.mean([(old - ref)[b, :n].sum() for b, n in enumerate(lengths)]),
         "score/mean": 1.0,
         "score/std": np.std([1.0, -1.0, 3.0]),
-        "reward/mean": np.mean([np.asarray(token_rewards)[b, :n].sum() for b, n in enumerate(lengths)]),
+        "reward/mean": 1.0 - 0.25 * np.mean([kl[b, :n].sum() for b, n in enumerate(lengths)]),
         "response/len_mean_tokens": lengths.mean(),
         "response/truncated_frac": 1 / 3,
         "logprob/mean": old[mask].mean(),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.ops.rewards import token_rewards
+from ppo_jax.ops.rewards import exact_kl_token_rewards, token_rewards
 
 B, T = 4, 5
 seeds = st.integers(0, 2**31)
@@ -83,3 +83,19 @@ def test_masked_log_ratios_reach_no_gradient_not_even_that_of_the_coefficient():
         lambda beta: jnp.sum(token_rewards(jnp.ones(1), jnp.array([[0.5, jnp.nan]]), mask, kl_coef=beta))
     )(jnp.float32(0.1))
     assert gradient == -0.5
+
+
+# ---------------------------------------------------------------------------- the exact form
+
+
+@given(seed=seeds, kl_coef=st.sampled_from([0.05, 2.0]))
+def test_exact_kl_rewards_still_to_come_are_the_score_minus_the_kl_of_the_later_tokens(seed, kl_coef):
+    scores, token_kl, mask = draw(seed)
+    dirty = jnp.asarray(np.where(mask, token_kl, np.float32("nan")))
+    ours = np.asarray(exact_kl_token_rewards(jnp.asarray(scores), dirty, jnp.asarray(mask), kl_coef=kl_coef))
+    for b in range(B):
+        length = int(mask[b].sum())
+        for t in range(length):
+            later = float(token_kl[b, t + 1 : length].astype(np.float64).sum())
+            np.testing.assert_allclose(ours[b, t:].sum(), scores[b] - kl_coef * later, rtol=1e-5, atol=1e-5)
+    assert not ours[~mask].any()

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import scoring_memory
 from ppo_jax import scoring
 from ppo_jax.models import hf_io
+from ppo_jax.models.decoder import head_logits
+from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import Rollout
 from tests.tiny import PROMPTS, make_model
@@ -86,6 +88,17 @@ def test_a_model_has_no_kl_to_itself(tiny):
     scored = score(tiny, tiny.params, some_rollout(tiny))
     assert float(jnp.max(scored.token_kl)) == 0.0
     np.testing.assert_array_equal(scored.old_logprobs, scored.ref_logprobs)
+
+
+def test_the_kept_hidden_states_of_the_reference_give_its_log_probs_again(tiny, reference):
+    rollout, ref_params = some_rollout(tiny), reference[1]
+    options = {"spec": tiny.model.spec, "temperature": TEMPERATURE, "compute_dtype": "float32", "micro_batch_size": 2}
+    scored = scoring.score(tiny.params, ref_params, rollout, **options, keep_ref_hidden=True)
+    logits = head_logits(ref_params, scored.ref_hidden, spec=tiny.model.spec)
+    again = token_logprobs(logits, rollout.response_tokens, temperature=TEMPERATURE)
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(np.asarray(again)[mask], np.asarray(scored.ref_logprobs)[mask], rtol=0, atol=1e-5)
+    assert score(tiny, ref_params, rollout).ref_hidden is None
 
 
 def test_micro_batches_change_no_score(tiny, reference):

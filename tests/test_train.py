@@ -85,8 +85,8 @@ def test_every_promised_metric_is_written_every_iteration(long_run):
         score/mean score/std reward/mean kl/seq_nats kl/token_nats kl/k1_seq_nats kl/coef response/len_mean_tokens
         response/truncated_frac logprob/mean logprob/q05 logprob/q25 logprob/q50 logprob/q75 logprob/q95
         policy/entropy_nats policy/approx_kl_nats policy/clip_frac policy/ratio_max rollout/logprob_gap_max
-        rollout/kept_mass loss/policy update/grad_norm update/param_rel_change update/optimizer_steps time/rollout_s
-        time/reward_s time/score_s time/update_s time/iteration_s throughput/response_tokens_per_s
+        rollout/kept_mass loss/policy loss/kl update/grad_norm update/param_rel_change update/optimizer_steps
+        time/rollout_s time/reward_s time/score_s time/update_s time/iteration_s throughput/response_tokens_per_s
         """.split()  # noqa: SIM905
     rows = [json.loads(line) for line in (long_run[0].directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(15))
@@ -123,6 +123,17 @@ def test_two_runs_with_one_seed_write_the_same_numbers_and_another_seed_does_not
     assert rows_without_times(first) == rows_without_times(second)
     jax.tree.map(np.testing.assert_array_equal, first.state.params, second.state.params)
     assert rows_without_times(first) != rows_without_times(other)
+
+
+def test_the_exact_form_penalises_in_the_loss_and_holds_the_policy_near_its_reference(tiny_model, tmp_path):
+    exact = {"kl__form": "exact", "advantage__estimator": "leave_one_out_to_go"}
+    loose, tight = (run(tiny_model, tmp_path / str(coef), kl__coef=coef, **exact).metrics for coef in (1e-3, 1.0))
+    assert loose[0]["kl/seq_nats"] < 1e-6
+    assert tight[-1]["kl/seq_nats"] < 0.5 * loose[-1]["kl/seq_nats"]
+    # The KL moves within an iteration, so the penalty is not exactly that of its start.
+    assert tight[-1]["loss/kl"] == pytest.approx(tight[-1]["kl/seq_nats"] / SMALL["rollout.max_new_tokens"], rel=0.5)
+    k1 = run(tiny_model, tmp_path / "k1", run__iterations=2).metrics
+    assert all(row["loss/kl"] == 0.0 for row in k1)
 
 
 def test_a_resumed_run_ends_where_the_unbroken_one_ends_bit_for_bit(tiny_model, tmp_path):

@@ -8,15 +8,17 @@ import pytest
 
 from ppo_jax import update
 from ppo_jax.config import UpdateConfig, load
+from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import head_logits, response_hidden
 from ppo_jax.ops import losses
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import Experience, TrainState
 from ppo_jax.update import Objective
-from tests.tiny import PROMPTS
+from tests.tiny import PROMPTS, make_model
 
 LENGTHS = np.array([5, 1, 3, 5, 2, 4])
 T, TEMPERATURE, CLIP_EPS = 5, 0.9, 0.2
+KL_COEF = jnp.float32(0.3)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +77,23 @@ def step(tiny, experience, objective, optimizer, rows=range(6)):
     return update.ppo_step(
         params,
         optimizer.init(params),
+        tiny.params,
         experience,
         jnp.asarray(list(rows)),
+        KL_COEF,
         optimizer=optimizer,
         objective=objective,
     )
+
+
+def loss_and_gradients(tiny, experience, objective, ref_params=None):
+    return update.loss_and_gradients(
+        tiny.params, tiny.params if ref_params is None else ref_params, experience, KL_COEF, objective
+    )
+
+
+def logprobs_of(tiny, experience, objective):
+    return update.policy_terms(tiny.params, tiny.params, experience, objective)[0]
 
 
 def largest_difference(a, b):
@@ -98,12 +112,69 @@ def test_loss_and_gradient_are_those_of_the_clipped_objective_written_out(tiny, 
         return -jnp.sum(jnp.where(experience.response_mask, surrogate, 0.0)) / (6 * T)
 
     loss, expected = jax.value_and_grad(written_out)(tiny.params)
-    found_loss, stats, found = update.loss_and_gradients(tiny.params, experience, make_objective(tiny))
+    found_loss, stats, found = loss_and_gradients(tiny, experience, make_objective(tiny))
     assert abs(float(found_loss - loss)) < 1e-6
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     assert largest_difference(found, expected) < 1e-5 * scale
     assert int(stats["tokens"]) == LENGTHS.sum()
     assert 0 < int(stats["clipped_tokens"]) < LENGTHS.sum()
+
+
+@pytest.fixture(scope="module")
+def with_reference(tiny, experience, tmp_path_factory):
+    """The same answers with another model's hidden states, and that model's parameters."""
+    model = hf_io.open_model(str(make_model(tmp_path_factory.mktemp("reference") / "model", seed=1)))
+    ref_params = hf_io.load_params(model.path, model.config, model.spec)
+    sequences = (
+        experience.prompt_tokens,
+        experience.prompt_mask,
+        experience.response_tokens,
+        experience.response_mask,
+    )
+    return replace(experience, ref_hidden=response_hidden(ref_params, *sequences, spec=model.spec)), ref_params
+
+
+def test_the_exact_kl_in_the_loss_is_that_of_whole_distributions_with_the_weights_of_the_policy_loss(
+    tiny, with_reference
+):
+    experience, ref_params = with_reference
+    sequences = (
+        experience.prompt_tokens,
+        experience.prompt_mask,
+        experience.response_tokens,
+        experience.response_mask,
+    )
+
+    def log_softmax(params):
+        hidden = response_hidden(params, *sequences, spec=tiny.model.spec)
+        return jax.nn.log_softmax(head_logits(params, hidden, spec=tiny.model.spec) / TEMPERATURE)
+
+    def written_out(params):
+        log_p, log_q = log_softmax(params), log_softmax(ref_params)
+        token_kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return KL_COEF * jnp.sum(jnp.where(experience.response_mask, token_kl, 0.0)) / (6 * T)
+
+    without = replace(experience, ref_hidden=None)
+    penalty, expected = jax.value_and_grad(written_out)(tiny.params)
+    (loss, stats, found), (policy, k1_stats, rest) = (
+        loss_and_gradients(tiny, x, make_objective(tiny), ref_params) for x in (experience, without)
+    )
+    assert float(penalty) > 0.1
+    np.testing.assert_allclose([stats["loss_policy"], stats["loss_kl"]], [policy, penalty], rtol=1e-5)
+    np.testing.assert_allclose(loss, policy + penalty, rtol=1e-5)
+    assert float(k1_stats["loss_kl"]) == 0.0
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+    assert scale > 1e-3
+    assert largest_difference(jax.tree.map(jnp.subtract, found, rest), expected) < 2e-5 * scale
+
+
+def test_micro_batches_and_recomputation_change_nothing_with_the_kl_in_the_loss(tiny, with_reference):
+    experience, ref_params = with_reference
+    whole, parts = (
+        loss_and_gradients(tiny, experience, objective, ref_params)[2]
+        for objective in (make_objective(tiny), make_objective(tiny, micro=2, remat=True))
+    )
+    assert largest_difference(whole, parts) < 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -113,26 +184,21 @@ def test_any_partition_into_micro_batches_takes_the_same_step(tiny, experience, 
     # Adam's first step is nearly a sign: only gradients clear of rounding are compared that way, so compare stats too.
     for name, value in whole_stats.items():
         np.testing.assert_allclose(parts_stats[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
-    gradients = [
-        update.loss_and_gradients(tiny.params, experience, make_objective(tiny, micro=m))[2] for m in (6, micro)
-    ]
+    gradients = [loss_and_gradients(tiny, experience, make_objective(tiny, micro=m))[2] for m in (6, micro)]
     assert largest_difference(*gradients) < 1e-6
     assert largest_difference(whole, parts) <= 2e-3
 
 
 def test_rematerialisation_changes_no_gradient(tiny, experience):
-    plain, remat = (
-        update.loss_and_gradients(tiny.params, experience, make_objective(tiny, remat=flag))[2]
-        for flag in (False, True)
-    )
+    plain, remat = (loss_and_gradients(tiny, experience, make_objective(tiny, remat=flag))[2] for flag in (False, True))
     assert largest_difference(plain, remat) < 1e-6
 
 
 def test_bfloat16_compute_keeps_float32_masters_and_log_probs(tiny, experience):
     params, _, _ = step(tiny, experience, make_objective(tiny, dtype="bfloat16"), OPTIMIZER)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logprobs = update.policy_logprobs(tiny.params, experience, make_objective(tiny, dtype="bfloat16"))
-    exact = update.policy_logprobs(tiny.params, experience, make_objective(tiny))
+    logprobs = logprobs_of(tiny, experience, make_objective(tiny, dtype="bfloat16"))
+    exact = logprobs_of(tiny, experience, make_objective(tiny))
     assert logprobs.dtype == jnp.float32
     assert 0 < float(jnp.max(jnp.abs(logprobs - exact))) < 0.5
 
@@ -146,8 +212,8 @@ def test_what_is_masked_changes_neither_loss_nor_gradient(tiny, experience, pois
         advantages=jnp.where(mask, experience.advantages, poison),
         response_tokens=jnp.where(mask, experience.response_tokens, 7),
     )
-    clean_loss, _, clean = update.loss_and_gradients(tiny.params, experience, make_objective(tiny))
-    loss, _, gradients = update.loss_and_gradients(tiny.params, poisoned, make_objective(tiny))
+    clean_loss, _, clean = loss_and_gradients(tiny, experience, make_objective(tiny))
+    loss, _, gradients = loss_and_gradients(tiny, poisoned, make_objective(tiny))
     assert float(loss) == float(clean_loss)
     assert largest_difference(gradients, clean) < 1e-7
 
@@ -163,7 +229,14 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_moments_untouched(tiny,
 def test_the_old_buffers_are_given_up_to_the_update(tiny, experience):
     params = copy(tiny.params)
     update.ppo_step(
-        params, OPTIMIZER.init(params), experience, jnp.arange(6), optimizer=OPTIMIZER, objective=make_objective(tiny)
+        params,
+        OPTIMIZER.init(params),
+        tiny.params,
+        experience,
+        jnp.arange(6),
+        KL_COEF,
+        optimizer=OPTIMIZER,
+        objective=make_objective(tiny),
     )
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
@@ -172,7 +245,7 @@ def test_only_the_rows_of_the_minibatch_are_trained_on(tiny, experience):
     rows = jnp.asarray([4, 1])
     objective = make_objective(tiny, micro=2)
     _, _, stats = step(tiny, experience, objective, OPTIMIZER, rows=[4, 1])
-    expected, _, _ = update.loss_and_gradients(tiny.params, jax.tree.map(lambda x: x[rows], experience), objective)
+    expected, _, _ = loss_and_gradients(tiny, jax.tree.map(lambda x: x[rows], experience), objective)
     np.testing.assert_allclose(stats["loss/policy"], expected, rtol=1e-6)
 
 
@@ -224,7 +297,7 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
     )
     visited = []
 
-    def record(params, opt_state, experience, rows, **_):
+    def record(params, opt_state, ref_params, experience, rows, kl_coef, **_):
         visited.append(rows.tolist())
         return params, opt_state, {}
 
@@ -234,7 +307,7 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
         visited.clear()
         state = TrainState(step=jnp.asarray(step), params={}, opt_state=())
         after, stats = update.update(
-            state, experience, config=config, optimizer=OPTIMIZER, objective=make_objective(tiny)
+            state, {}, experience, config=config, optimizer=OPTIMIZER, objective=make_objective(tiny)
         )
         assert int(after.step) == step + 1
         assert len(stats) == 9 == config.optimizer_steps_per_iteration

@@ -31,15 +31,19 @@ def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, axis:
     return masked_sum(x, mask, axis=axis) / jnp.maximum(count, jnp.ones((), x.dtype))
 
 
-def masked_center(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` minus its masked mean, 0 at masked positions.
+def masked_center(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, axis: int | None = None
+) -> Float[Array, "*shape"]:
+    """`x` minus its masked mean (of everything, or along an axis), 0 at masked positions.
 
     A reference element (the first unmasked one) is subtracted before the mean is taken: the mean of n equal float32
     numbers near 1e8 is not that number, their differences are exactly 0.
     """
-    first = jnp.argmax(mask.reshape(-1))
-    shifted = zero_masked(x - x.reshape(-1)[first], mask)
-    return zero_masked(shifted - masked_mean(shifted, mask), mask)
+    if axis is None:
+        return masked_center(x.reshape(-1), mask.reshape(-1), axis=0).reshape(x.shape)
+    first = jnp.take_along_axis(x, jnp.argmax(mask, axis=axis, keepdims=True), axis=axis)
+    shifted = zero_masked(x - first, mask)
+    return zero_masked(shifted - jnp.expand_dims(masked_mean(shifted, mask, axis=axis), axis), mask)
 
 
 def masked_var(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
