@@ -75,7 +75,7 @@ def build(
 ) -> tuple[Run, TrainState]:
     """Load and check everything, then make the run directory. Nothing is written before all checks have passed."""
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config, mesh)
+    sharding.check_batch(config, mesh.shape)
     directory = Path(from_lead(lambda: str(run_directory(config, resume=resume))))
     from_python = [name for name, given in (("reward", reward), ("prompts", prompts)) if given is not None]
     if resume:

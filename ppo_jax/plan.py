@@ -23,7 +23,7 @@ GIGABYTE = 1e9
 def print_plan(config: Config, *, resume: bool) -> None:
     """Print the plan; what `build` checks of mesh, model, prompts and reward is checked here too."""
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config, mesh)
+    sharding.check_batch(config, mesh.shape)
     build.run_directory(config, resume=resume)
     build.load_function(config.reward.function)
     model = build.open_model(config)

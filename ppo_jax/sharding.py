@@ -8,6 +8,7 @@ nothing, so that every stage also runs on plain arrays.
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,9 +56,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: Config, mesh_shape: Mapping[str, int]) -> None:
     """Every device gets the same number of answers, in every forward pass, and of prompts."""
-    shards, rollout = _row_shards(mesh.shape), config.rollout
+    shards, rollout = math.prod(mesh_shape[axis] for axis in ROWS), config.rollout
     key = "update.minibatch_size" if config.update.micro_batch_size is None else "update.micro_batch_size"
     prompts = rollout.batch_size // rollout.answers_per_prompt
     # The micro-batch divides the minibatch, and that the batch: they need no check of their own.
@@ -67,13 +68,9 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     ):
         if value % shards:
             raise UserError(
-                f"{name} ({value}) must be divisible by mesh.data ({mesh.shape['data']}) x mesh.fsdp "
-                f"({mesh.shape['fsdp']}), which is {shards}"
+                f"{name} ({value}) must be divisible by mesh.data ({mesh_shape['data']}) x mesh.fsdp "
+                f"({mesh_shape['fsdp']}), which is {shards}"
             )
-
-
-def _row_shards(mesh_shape: Any) -> int:
-    return math.prod(mesh_shape.get(axis, 1) for axis in ROWS)
 
 
 def device_count() -> int:
@@ -81,7 +78,7 @@ def device_count() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
-def _fitting(mesh_shape: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def _fitting(mesh_shape: Mapping[str, int], axes: tuple[Any, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """The axes of each dimension, left out where they do not divide it."""
 
     def divides(axis: Any, size: int) -> bool:
@@ -92,13 +89,13 @@ def _fitting(mesh_shape: Any, axes: tuple[Any, ...], shape: tuple[int, ...]) -> 
     return PartitionSpec(*(axis if divides(axis, size) else None for axis, size in zip(padded, shape, strict=False)))
 
 
-def param_spec(mesh_shape: Any, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+def param_spec(mesh_shape: Mapping[str, int], path: str, shape: tuple[int, ...]) -> PartitionSpec:
     """How the parameter at a path such as `layer_0/attn/q/kernel` is split."""
     axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
     return _fitting(mesh_shape, axes, shape)
 
 
-def _specs(mesh_shape: Any, tree: Any) -> Any:
+def _specs(mesh_shape: Mapping[str, int], tree: Any) -> Any:
     """`param_spec` of every leaf; the moments of an optimizer lie under the names of their parameters."""
 
     def spec(path, leaf):

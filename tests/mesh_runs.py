@@ -1,15 +1,19 @@
 """`python -m tests.mesh_runs MODEL OUT`: whole runs of the tiny model on meshes of 8 CPU devices, for test_sharding.
 
-A process of its own, because the number of devices is fixed before JAX starts. Writes `OUT/results.json`.
+A process of its own, because the number of devices is fixed before JAX starts. Writes `OUT/results.json`. With a third
+argument, it is one of the processes of a distributed run instead, on the mesh (2, 2, 1).
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":
+    DEVICES = 8 if len(sys.argv) == 3 else 2
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
@@ -27,10 +31,12 @@ SETTINGS = {
     "update.epochs": 1,
     "update.learning_rate": 1e-2,
     "run.iterations": 2,
-    "monitor.sample_every": 1,
+    "monitor.sample_every": 2,
     "monitor.tensorboard": False,
     "checkpoint.save_every": 1,
     "kl.coef": 0.01,
+    "kl.form": "exact",
+    "advantage.estimator": "leave_one_out_to_go",
 }
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
 
@@ -39,8 +45,8 @@ def vowel_share(prompts: list[str], answers: list[str]) -> list[float]:
     return [sum(letter in "aeiou" for letter in answer) / max(len(answer), 1) for answer in answers]
 
 
-def mesh_settings(name: str) -> dict[str, int]:
-    return {f"mesh.{axis}": size for axis, size in zip(AXES, MESHES[name], strict=True)}
+def on(*sizes: int) -> dict[str, int]:
+    return {f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)}
 
 
 def shard_shapes(tree) -> dict[str, list[int]]:
@@ -52,7 +58,7 @@ def shard_shapes(tree) -> dict[str, list[int]]:
 
 
 def run(config, *, resume: bool = False) -> dict:
-    """A run, and what the test compares of it; the tokens are those that the rewards were computed of."""
+    """A run, and what the tests compare of it. The answers are the texts that the reward was called with."""
     answers = []
 
     def reward(prompts, texts):
@@ -60,28 +66,45 @@ def run(config, *, resume: bool = False) -> dict:
         return vowel_share(prompts, texts)
 
     made, state = build.build(config, reward=reward, prompts=PROMPTS, resume=resume)
-    placed = {"params": shard_shapes(state.params), "moments": shard_shapes(state.opt_state)}
-    placed["reference"] = shard_shapes(made.ref_params)
+    held = {"reference": shard_shapes(made.ref_params), "before": shard_shapes((state.params, state.opt_state))}
     result = train.train(made, state)
-    placed["trained"] = shard_shapes(result.state.params) | shard_shapes(result.state.opt_state)
-    return {"metrics": result.metrics, "answers": answers, "placed": placed, "directory": str(result.directory)}
+    held["after"] = shard_shapes((result.state.params, result.state.opt_state))
+    return {"metrics": result.metrics, "answers": answers, "held": held}
+
+
+def resumed(source: Path, directory: Path, mesh: dict[str, int]) -> dict:
+    """The second iteration of a finished run again, from its first checkpoint, on another mesh."""
+    shutil.copytree(source, directory)
+    shutil.rmtree(directory / "checkpoints" / "step_00000002")
+    return run(load_resumed(directory, mesh), resume=True)
 
 
 def main(model: str, out: Path) -> None:
-    assert len(jax.devices()) == 8
     results = {}
-    for name in MESHES:
-        settings = SETTINGS | mesh_settings(name) | {"model.path": model, "run.dir": str(out / name)}
+    for name, sizes in MESHES.items():
+        settings = SETTINGS | on(*sizes) | {"model.path": model, "run.dir": str(out / name)}
         results[name] = run(load(overrides=settings))
-    # One iteration on (2, 4, 1), the next on another mesh.
     for name in ("data", "one"):
-        directory = out / f"resumed_{name}"
-        settings = SETTINGS | mesh_settings("fsdp") | {"model.path": model, "run.dir": str(directory)}
-        run(load(overrides=settings | {"run.iterations": 1}))
-        resumed = load_resumed(directory, mesh_settings(name) | {"run.iterations": 2})
-        results[f"resumed_{name}"] = run(resumed, resume=True)
+        results[f"resumed_{name}"] = resumed(out / "fsdp", out / f"resumed_{name}", on(*MESHES[name]))
     (out / "results.json").write_text(json.dumps(results))
 
 
+def distributed(model: str, out: Path) -> None:
+    """One process of several: a run, and its second iteration again from the first checkpoint."""
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    from ppo_jax import processes
+
+    processes.join()
+    settings = SETTINGS | on(2, 2, 1) | {"model.path": model, "run.dir": str(out / "whole")}
+    results = {"whole": run(load(overrides=settings))}
+    if processes.is_lead():
+        shutil.copytree(out / "whole", out / "parts")
+        shutil.rmtree(out / "parts" / "checkpoints" / "step_00000002")
+    sync_global_devices("copied")
+    results["parts"] = run(load_resumed(out / "parts", {}), resume=True)
+    (out / f"results_{jax.process_index()}.json").write_text(json.dumps(results))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    (main if len(sys.argv) == 3 else distributed)(sys.argv[1], Path(sys.argv[2]))
