@@ -1,17 +1,32 @@
 #!/usr/bin/env bash
-# The GPU lines of the main job, in one go: step-0 invariants, metrics and phase times of the embedded default and of a
-# random-weight model of Qwen2.5-0.5B's size in the Llama architecture, both in bfloat16. Results go to $1.
+# The GPU lines of the main job, in one go: step-0 invariants, metrics, phase times, compile time and peak memory of the
+# embedded default and of random models of Qwen2.5-0.5B's and Llama-3.2-1B's size, all in bfloat16. Results go to $1.
 set -euo pipefail
 out=${1:?usage: benchmarks/gpu.sh RESULTS_DIRECTORY}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH=${PYTHONPATH:-.}
-"$python" -m ppo_jax.train --run.dir "$out/tiny_reviews" --model.compute_dtype bfloat16 --run.iterations 40
-"$python" -m benchmarks.random_model --out "$out/half_billion"
-"$python" -m ppo_jax.train --run.dir "$out/half_billion_run" --model.path "$out/half_billion" \
-    --model.compute_dtype bfloat16 --prompts.path configs/smollm2_prompts.jsonl --run.iterations 8 \
-    --rollout.batch_size 64 --rollout.max_new_tokens 256 --rollout.min_new_tokens 256 --update.minibatch_size 16 \
-    --update.learning_rate 1e-6 --update.remat true --monitor.sample_every 0
-"$python" -m scripts.summarise_runs "$out/tiny_reviews" "$out/half_billion_run" | tee "$out/summary.md"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false  # so that nvidia-smi sees what is used, not what is reserved
+
+# Trains with the arguments after the first, a name, and prints the largest memory that any GPU held meanwhile.
+measure() {
+    local name=$1 watcher
+    shift
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=200 > "$out/$name.memory" &
+    watcher=$!
+    "$python" -m ppo_jax.train --run.dir "$out/$name" --model.compute_dtype bfloat16 "$@"
+    kill "$watcher"
+    echo "$name: peak memory of a GPU $(sort -n "$out/$name.memory" | tail -1) MiB" | tee -a "$out/memory.txt"
+}
+
+measure tiny_reviews --run.iterations 40
+for size in 0.5b 1b; do
+    "$python" -m benchmarks.random_model --size "$size" --out "$out/model_$size"
+    measure "random_$size" --config "configs/gpu_$size.yaml" --model.path "$out/model_$size" --run.iterations 8 \
+        --prompts.path configs/smollm2_prompts.jsonl --prompts.chat_template false --rollout.min_new_tokens 256 \
+        --update.warmup_steps 0 --monitor.sample_every 0 --checkpoint.save_every 0
+    rm -rf "$out/model_$size"
+done
+"$python" -m scripts.summarise_runs "$out/tiny_reviews" "$out/random_0.5b" "$out/random_1b" | tee "$out/summary.md"
 nvidia-smi --query-gpu=name,memory.total --format=csv | tee "$out/gpu.csv"
-rm -rf "$out/half_billion" "$out"/*/policy  # weights stay here; metrics travel
+rm -rf "$out"/*/policy  # weights stay here; metrics travel

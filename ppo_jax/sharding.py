@@ -196,11 +196,16 @@ def read_own_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def read(array: jax.Array) -> np.ndarray:
+def read(mesh: Mesh, array: jax.Array) -> np.ndarray:
     """The whole array, on every process."""
-    return np.asarray(jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec())))
+    return np.asarray(jax.device_put(array, NamedSharding(mesh, PartitionSpec())))
 
 
-def read_on_lead(tree: Any) -> Any:
+def read_on_lead(mesh: Mesh, tree: Any) -> Any:
     """The arrays whole on process 0 and None on the others; one leaf at a time is whole on the devices."""
-    return jax.tree.map(lambda leaf: read(leaf) if is_lead() else (read(leaf), None)[1], tree)
+
+    def kept(leaf: jax.Array) -> np.ndarray | None:
+        whole = read(mesh, leaf)  # takes all processes
+        return whole if is_lead() else None
+
+    return jax.tree.map(kept, tree)

@@ -92,7 +92,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         )
     if step == 0:
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
-        warn(audit(sharding.read(seq_scores)))
+        warn(audit(sharding.read(run.mesh, seq_scores)))
 
     # 6. A few small, clipped steps.
     with clock.phase("update"):
@@ -177,7 +177,7 @@ def train(run: Run, state: TrainState) -> RunResult:
     if config.checkpoint.save_every:
         checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
     policy_directory = run.directory / "policy"
-    policy = sharding.read_on_lead(state.params)
+    policy = sharding.read_on_lead(run.mesh, state.params)
     from_lead(lambda: save_model(policy_directory, run.model, policy, dtype=config.model.export_dtype))
     from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
     return RunResult(run.directory, policy_directory, history, state, stop_reason)
@@ -229,7 +229,10 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
     prompts = run.fixed_prompts.in_order()
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)  # on every device: any number will do
     answers = answer(run, state, tokens, mask, Purpose.FIXED_PROMPTS, step=0)
-    tokens, mask, step = sharding.read(answers.response_tokens), sharding.read(answers.response_mask), int(state.step)
+    tokens, mask, step = (
+        *(sharding.read(run.mesh, x) for x in (answers.response_tokens, answers.response_mask)),
+        int(state.step),
+    )
 
     def score_and_write() -> None:
         texts = tokenizer_texts(run.model.tokenizer, tokens, mask)

@@ -13,8 +13,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--samples", action="store_true", help="also print the fixed prompts of the first run")
     options = parser.parse_args()
-    print("| run | iterations | score | KL nats/seq, last (largest) | length | entropy | seconds, median iteration |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| run | iterations | score | KL nats/seq, last (largest) | length | entropy | seconds, median iteration | "
+        "first, with compilation |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for run in options.runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
@@ -26,7 +29,8 @@ def main() -> None:
         seconds = sorted(row["time/iteration_s"] for row in rows)
         print(
             f"| {run.name} | {len(rows)} | {ends('score/mean')} | {mean(kl[-ENDS:]):.2f} ({max(kl):.2f}) | "
-            f"{ends('response/len_mean_tokens')} | {ends('policy/entropy_nats')} | {seconds[len(seconds) // 2]:.2f} |"
+            f"{ends('response/len_mean_tokens')} | {ends('policy/entropy_nats')} | {seconds[len(seconds) // 2]:.2f} | "
+            f"{rows[0]['time/iteration_s']:.1f} |"
         )
     if options.samples:
         print_samples(options.runs[0])

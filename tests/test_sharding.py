@@ -19,8 +19,9 @@ from ppo_jax.errors import UserError
 from tests.mesh_runs import MESHES, SETTINGS
 
 MANY = ("data", "fsdp", "tensor")
-# Ten times the largest differences measured, in float32 and over two iterations: 5e-6 in a metric, 8e-6 in a weight.
-METRIC_BOUND, WEIGHT_BOUND = 5e-5, 8e-5
+# Ten times the largest differences measured over two iterations in float32: 4e-6 of a metric or 1.5e-6 where it is near 0,
+# and in a weight 1e-5.
+METRIC_RTOL, METRIC_ATOL, WEIGHT_ATOL = 4e-5, 1.5e-5, 1e-4
 
 
 def start(*arguments, **environment):
@@ -76,7 +77,7 @@ def assert_same_metrics(rows, expected):
         assert set(row) == set(expected_row)
         for name, value in row.items():
             if not name.startswith(("time/", "throughput/")):
-                np.testing.assert_allclose(value, expected_row[name], rtol=0, atol=METRIC_BOUND, err_msg=name)
+                np.testing.assert_allclose(value, expected_row[name], rtol=METRIC_RTOL, atol=METRIC_ATOL, err_msg=name)
 
 
 def assert_same_policy(directory, expected):
@@ -84,7 +85,7 @@ def assert_same_policy(directory, expected):
     expected = load_file(expected / "policy" / "model.safetensors")
     assert set(weights) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(weights[name], value, rtol=0, atol=WEIGHT_BOUND, err_msg=name)
+        np.testing.assert_allclose(weights[name], value, rtol=0, atol=WEIGHT_ATOL, err_msg=name)
 
 
 @pytest.mark.parametrize("name", MANY)
