@@ -1,4 +1,4 @@
-"""`python -m benchmarks.random_model --out DIR`: random weights of a 0.5 B or 1 B shape, with the embedded tokenizer."""
+"""`python -m benchmarks.random_model --out DIR`: random weights of a 0.5 B or 1 B shape, the embedded tokenizer."""
 
 import argparse
 import json

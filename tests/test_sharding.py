@@ -19,8 +19,8 @@ from ppo_jax.errors import UserError
 from tests.mesh_runs import MESHES, SETTINGS
 
 MANY = ("data", "fsdp", "tensor")
-# Ten times the largest differences measured over two iterations in float32: 4e-6 of a metric or 1.5e-6 where it is near 0,
-# and in a weight 1e-5.
+# Ten times the largest differences measured over two iterations in float32: 4e-6 of a metric, or 1.5e-6 where it is near
+# 0, and 1e-5 in a weight.
 METRIC_RTOL, METRIC_ATOL, WEIGHT_ATOL = 4e-5, 1.5e-5, 1e-4
 
 
