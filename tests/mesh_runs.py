@@ -84,7 +84,7 @@ def main(model: str, out: Path) -> None:
     for name, sizes in MESHES.items():
         settings = SETTINGS | on(*sizes) | {"model.path": model, "run.dir": str(out / name)}
         results[name] = run(load(overrides=settings))
-    for name in ("data", "one"):
+    for name in ("data", "one", "tensor"):
         results[f"resumed_{name}"] = resumed(out / "fsdp", out / f"resumed_{name}", on(*MESHES[name]))
     (out / "results.json").write_text(json.dumps(results))
 
