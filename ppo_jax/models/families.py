@@ -56,9 +56,9 @@ def _rotary_decoder(
     heads, width, count = fields["num_attention_heads"], fields["hidden_size"], fields["num_hidden_layers"]
     head_dim, max_positions = fields["head_dim"] or width // heads, fields["max_position_embeddings"]
     fields.only("is_causal", True)
-    windows = windows or [None] * count
-    ropes = ropes or [fields["rope_parameters"] or {}] * count
-    served = [served_positions(rope, max_positions) for rope in ropes if rope is not None]
+    layer_windows = windows or [None] * count
+    layer_ropes = ropes or [fields["rope_parameters"] or {}] * count
+    served = [served_positions(rope, max_positions) for rope in layer_ropes if rope is not None]
     return DecoderSpec(
         vocab_size=fields["vocab_size"],
         width=width,
@@ -73,7 +73,7 @@ def _rotary_decoder(
                 window=window,
                 rope=None if rope is None else rope_spec(rope, head_dim, max_positions, partial=partial),
             )
-            for window, rope in zip(windows, ropes, strict=True)
+            for window, rope in zip(layer_windows, layer_ropes, strict=True)
         ),
         activation=fields.activation(activation),
         tied_head=bool(fields["tie_word_embeddings"]),
@@ -85,7 +85,7 @@ def _rms(fields: Fields) -> dict[str, Any]:
     return {"norm": "rms", "norm_eps": fields["rms_norm_eps"], "gated_mlp": True}
 
 
-def _biases(*, qkv: Any = False, out: Any = False, mlp: Any = False) -> dict[str, bool]:
+def _biases(*, qkv: Any = False, out: Any = False, mlp: Any = False) -> dict[str, Any]:
     return {"qkv_bias": bool(qkv), "out_bias": bool(out), "mlp_bias": bool(mlp)}
 
 

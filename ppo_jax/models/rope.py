@@ -102,7 +102,7 @@ def _number(parameters: dict[str, Any], key: str) -> float:
             f"config.json: rope_parameters of type {parameters.get('rope_type')!r} need {key}, a number above 0; "
             f"got {value!r}"
         )
-    return value
+    return float(value)
 
 
 def _llama3_frequencies(plain: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
@@ -130,8 +130,8 @@ def _yarn(plain: np.ndarray, parameters: dict[str, Any], rotated: int, max_posit
     def channel_that_turns(times: float) -> float:
         return rotated * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = channel_that_turns(parameters.get("beta_fast") or 32)
-    high = channel_that_turns(parameters.get("beta_slow") or 1)
+    low = channel_that_turns(float(parameters.get("beta_fast") or 32))
+    high = channel_that_turns(float(parameters.get("beta_slow") or 1))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
@@ -143,7 +143,9 @@ def _yarn(plain: np.ndarray, parameters: dict[str, Any], rotated: int, max_posit
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:
         mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        attention_factor = sharpening(mscale) / sharpening(all_dim) if mscale and all_dim else sharpening(1.0)
+        attention_factor = (
+            sharpening(float(mscale)) / sharpening(float(all_dim)) if mscale and all_dim else sharpening(1.0)
+        )
     return RopeSpec(tuple((plain * (1 - ramp + ramp / factor)).tolist()), float(attention_factor))
 
 
