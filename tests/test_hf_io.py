@@ -210,6 +210,18 @@ def test_unknown_fields_that_the_user_vouches_for_are_accepted(copy_of):
     assert "residual_multiplier" in refusal(directory)
 
 
+def test_code_of_a_model_that_transformers_knows_can_be_ignored_and_is_neither_run_nor_saved(copy_of, tmp_path):
+    directory = copy_of("phi3")
+    plain = load(directory)[0].spec
+    edit_json(directory / "config.json", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
+    (directory / "configuration_phi3.py").write_text("raise SystemExit('remote code was run')")
+    assert "model.ignored_config_fields" in refusal(directory)
+    model, params = load(directory, ignored=("auto_map",))
+    assert model.spec == plain
+    hf_io.save_model(tmp_path / "policy", model, params)
+    assert load(tmp_path / "policy")[0].spec == plain
+
+
 def test_a_directory_without_config_or_tokenizer_is_refused(copy_of):
     directory = copy_of("llama")
     for file in directory.glob("tokenizer*"):

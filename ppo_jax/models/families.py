@@ -98,10 +98,10 @@ def _window(fields: Fields) -> int | None:
 
 def _layer_types(fields: Fields) -> list[str]:
     """`layer_types`, which transformers' config classes fill in from older fields where it is absent."""
-    types, count = fields["layer_types"], fields["num_hidden_layers"]
+    types, count, window = fields["layer_types"], fields["num_hidden_layers"], _window(fields)
     if len(types) != count or not set(types) <= {"full_attention", "sliding_attention"}:
         raise fields.refusal("layer_types", f"expected {count} of full_attention and sliding_attention")
-    if "sliding_attention" in types and _window(fields) is None:
+    if "sliding_attention" in types and window is None:
         raise fields.refusal("layer_types", "layers slide, but there is no window (sliding_window, use_sliding_window)")
     return types
 
@@ -137,7 +137,8 @@ def _qwen3(fields: Fields) -> DecoderSpec:
 
 def _smollm3(fields: Fields) -> DecoderSpec:
     fields.derived("no_rope_layer_interval")
-    bias, turned, count = fields["attention_bias"], fields["no_rope_layers"], fields["num_hidden_layers"]
+    bias, rope = fields["attention_bias"], fields["rope_parameters"]
+    turned, count = fields["no_rope_layers"], fields["num_hidden_layers"]
     if len(turned) < count:
         raise fields.refusal("no_rope_layers", f"expected {count} entries, 1 for rotary positions and 0 for none")
     windows = _windows(fields)
@@ -146,7 +147,7 @@ def _smollm3(fields: Fields) -> DecoderSpec:
     return _rotary_decoder(
         fields,
         windows=windows,
-        ropes=[fields["rope_parameters"] if turns else None for turns in turned[:count]],
+        ropes=[rope if turns else None for turns in turned[:count]],
         **_rms(fields),
         **_biases(qkv=bias, out=bias, mlp=fields["mlp_bias"]),
     )

@@ -56,8 +56,8 @@ def resolve_directory(path_or_id: str) -> Path:
         ) from error
 
 
-def load_config(directory: Path) -> PretrainedConfig:
-    """The directory's `config.json`; models that bring their own code are refused."""
+def load_config(directory: Path, *, ignored_fields: tuple[str, ...] = ()) -> PretrainedConfig:
+    """The directory's `config.json`; models that bring their own code are refused unless `auto_map` is ignored."""
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} is not a Hugging Face model directory: it has no config.json")
@@ -68,8 +68,12 @@ def load_config(directory: Path) -> PretrainedConfig:
     if not isinstance(raw, dict) or raw.get("model_type") not in list(FAMILIES):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{file}: {unsupported(found)}")
-    if raw.get("auto_map"):
-        raise UserError(f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory")
+    if raw.get("auto_map") and "auto_map" not in ignored_fields:
+        raise UserError(
+            f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory. If that code "
+            f"computes what transformers' own {raw['model_type']!r} does, as Microsoft's Phi-3 does, name auto_map in "
+            f"model.ignored_config_fields"
+        )
     if raw.get("quantization_config"):
         raise UserError(f"{file} describes a quantised model; PPO needs the full weights (bf16, fp16 or fp32)")
     try:
@@ -88,7 +92,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def open_model(path_or_id: str, *, ignored_config_fields: tuple[str, ...] = ()) -> ModelDirectory:
     """Everything about a model directory or hub id but its weights, which `load_params` reads."""
     path = resolve_directory(path_or_id)
-    config = load_config(path)
+    config = load_config(path, ignored_fields=ignored_config_fields)
     return ModelDirectory(path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path))
 
 
@@ -222,6 +226,7 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     _save_shards(partial, export_tensors(model.config, model.spec, params, dtype))
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
+    config.pop("auto_map", None)  # the code it points to stays behind
     config["dtype"] = jnp.dtype(dtype).name
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.tokenizer.save_pretrained(partial)
