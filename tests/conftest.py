@@ -89,6 +89,7 @@ FAMILY_SIZES = {
     "phi3": LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 1, "sliding_window": 16},
     "gpt_neox": SIZES | {"num_attention_heads": 3, "hidden_act": "gelu"},
     "olmo2": LLAMA,
+    "starcoder2": SIZES | {"num_key_value_heads": 2, "sliding_window": 16},
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -163,6 +164,8 @@ MODELS = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2-whole": ("starcoder2", {"sliding_window": None, "use_bias": False, "tie_word_embeddings": True}),
 }
 
 

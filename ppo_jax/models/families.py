@@ -210,6 +210,20 @@ def _gpt_neox(fields: Fields) -> DecoderSpec:
     )
 
 
+def _starcoder2(fields: Fields) -> DecoderSpec:
+    fields.only("norm_type", "layer_norm")
+    fields.only("mlp_type", "default")
+    bias = fields["use_bias"]
+    return _rotary_decoder(
+        fields,
+        windows=[_window(fields)] * fields["num_hidden_layers"],
+        norm="layer",
+        norm_eps=fields["norm_epsilon"],
+        gated_mlp=False,
+        **_biases(qkv=bias, out=bias, mlp=bias),
+    )
+
+
 def _gpt2(fields: Fields) -> DecoderSpec:
     heads, width, layers = fields["n_head"], fields["n_embd"], fields["n_layer"]
     head_dim = width // heads
@@ -254,6 +268,7 @@ FAMILIES = {
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3),
     "smollm3": Family(_smollm3),
+    "starcoder2": Family(_starcoder2, tensors=tensor_names.STARCODER2),
 }
 
 

@@ -100,6 +100,13 @@ PHI3 = (
     *linear(f"{LAYER}.mlp.gate_up_proj", "layer_{i}/mlp/gate", "layer_{i}/mlp/up"),
     *linear(f"{LAYER}.mlp.down_proj", "layer_{i}/mlp/down"),
 )
+STARCODER2 = (
+    *ENDS,
+    *PRE_NORMS,
+    *ATTENTION,
+    *linear(f"{LAYER}.mlp.c_fc", "layer_{i}/mlp/up"),
+    *linear(f"{LAYER}.mlp.c_proj", "layer_{i}/mlp/down"),
+)
 GPT2 = (
     Tensor("transformer.wte.weight", ("embed",)),
     Tensor("transformer.wpe.weight", ("positions",)),
