@@ -22,7 +22,8 @@ UNDECLARED = {
     "head_dim": 10, "is_causal": False, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
     "attention_chunk_size": 4, "partial_rotary_factor": 0.5, "per_layer_config": {"0": {"rms_norm_eps": 0.5}},
     "use_bidirectional_attention": True, "tie_last_hidden_states": True, "nobody_knows": 1, "torch_dtype": "bfloat16",
-    "sliding_window_pattern": 1, "num_key_value_heads": 1,
+    "sliding_window_pattern": 1, "num_key_value_heads": 1, "max_window_layers": 0, "hidden_act": "relu",
+    "sliding_window_size": 8, "norm_type": "rms_norm", "mlp_type": "gated",
 }  # fmt: skip
 # A type's usual change would not do for these.
 CHANGES = {

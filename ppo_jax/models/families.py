@@ -137,6 +137,7 @@ def _qwen3(fields: Fields) -> DecoderSpec:
 
 def _smollm3(fields: Fields) -> DecoderSpec:
     fields.derived("no_rope_layer_interval")
+    fields.derived("max_window_layers")  # Qwen's field in SmolLM3's files, which its config class does not read
     bias, rope = fields["attention_bias"], fields["rope_parameters"]
     turned, count = fields["no_rope_layers"], fields["num_hidden_layers"]
     if len(turned) < count:
@@ -155,6 +156,8 @@ def _smollm3(fields: Fields) -> DecoderSpec:
 
 def _gemma2(fields: Fields, **own: Any) -> DecoderSpec:
     fields.only("use_bidirectional_attention", False)
+    fields.only("hidden_act", fields["hidden_activation"])  # older names that Gemma 2's files carry along
+    fields.only("sliding_window_size", fields["sliding_window"])
     bias = fields["attention_bias"]
     return _rotary_decoder(
         fields,
