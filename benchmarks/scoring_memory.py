@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import scoring
-from ppo_jax.models.decoder import DecoderSpec, LayerSpec, RopeSpec, abstract_params, head_logits, rope_frequencies
+from ppo_jax.models.decoder import DecoderSpec, LayerSpec, abstract_params, head_logits
+from ppo_jax.models.rope import RopeSpec, rope_frequencies
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.records import Rollout
 
@@ -25,12 +26,11 @@ def small_trunk() -> DecoderSpec:
         head_dim=32,
         mlp_width=256,
         max_positions=1024,
-        layers=(LayerSpec(attention_scale=32**-0.5),) * 2,
+        layers=(LayerSpec(32**-0.5, rope=RopeSpec(tuple(rope_frequencies(32, 10000.0).tolist()))),) * 2,
         norm="rms",
         norm_eps=1e-6,
         activation="silu",
         gated_mlp=True,
-        rope=RopeSpec(tuple(rope_frequencies(32, 10000.0).tolist())),
         qkv_bias=False,
         out_bias=False,
         mlp_bias=False,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from ppo_jax.models import decoder, hf_io
 from ppo_jax.models.decoder import Decoder, head_logits, hidden_states, positions_from_mask, response_hidden
+from ppo_jax.ops.logprobs import token_logprobs
 from tests.conftest import MODELS
 
 LONG, SHORT = 270, 9
@@ -40,32 +42,94 @@ def left_padded(lengths, width, vocab=37, seed=0):
     return tokens, np.arange(width)[None] >= width - np.asarray(lengths)[:, None]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers_left_padded_and_beyond_256_positions(name, hf_directory, ours):
+class Numbers(NamedTuple):
+    """What a side makes of a batch: logits, log-probs of tokens 1 .., gradients of a loss under transformers' names."""
+
+    logits: np.ndarray
+    log_probs: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+def loss_weights(mask):
+    """Random weights on the log-probs of tokens that follow a real token; padding neither predicts nor is predicted."""
+    weights = np.random.default_rng(5).normal(size=(len(mask), mask.shape[1] - 1)).astype(np.float32)
+    return np.where(mask[:, :-1] & mask[:, 1:], weights, 0.0)
+
+
+def numbers_of_transformers(model, tokens, mask) -> Numbers:
     import torch
 
-    tokens, mask = left_padded([LONG, SHORT, 1], LONG)
-    model, _ = hf_directory(name)
-    spec, params = ours(name)
-    got = np.asarray(logits_of(params, tokens, mask, spec))
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-    with torch.no_grad():
-        expected = model(
-            input_ids=torch.tensor(tokens, dtype=torch.long),
-            attention_mask=torch.tensor(mask, dtype=torch.long),
-            position_ids=torch.tensor(positions),
-        ).logits.numpy()
-    assert got.dtype == np.float32
-    scale = np.abs(expected[mask]).max()
+    # torch gives the embedding of `pad_token_id` no gradient, as if that id could not be a real token.
+    model.get_input_embeddings().padding_idx = None
+    model.zero_grad()
+    logits = model(
+        input_ids=torch.tensor(tokens, dtype=torch.long),
+        attention_mask=torch.tensor(mask, dtype=torch.long),
+        position_ids=torch.tensor(np.maximum(mask.cumsum(1) - 1, 0)),
+    ).logits
+    log_probs = torch.log_softmax(logits[:, :-1], dim=-1)
+    chosen = log_probs.gather(-1, torch.tensor(tokens[:, 1:, None], dtype=torch.long))[..., 0]
+    (torch.tensor(loss_weights(mask)) * chosen).sum().backward()
+    gradients = {name: leaf.grad.numpy() for name, leaf in model.named_parameters() if leaf.grad is not None}
+    return Numbers(logits.detach().numpy(), chosen.detach().numpy(), gradients)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def loss_gradient(params, tokens, mask, weights, spec):
+    def loss(params):
+        logits = head_logits(params, hidden_states(params, tokens, mask, spec=spec), spec=spec)
+        log_probs = token_logprobs(logits[:, :-1], tokens[:, 1:], temperature=1.0)
+        return jnp.sum(weights * log_probs), (logits, log_probs)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+@pytest.fixture(scope="session")
+def both(hf_directory, ours):
+    """(transformers' numbers, ours) of a name in `MODELS`: left padding, past the window, 270 positions, one token."""
+
+    @functools.cache
+    def compute(name):
+        tokens, mask = left_padded([LONG, SHORT, 1], LONG)
+        model, directory = hf_directory(name)
+        spec, params = ours(name)
+        gradients, outputs = loss_gradient(params, tokens, mask, loss_weights(mask), spec)
+        exported = hf_io.export_tensors(hf_io.load_config(directory), spec, gradients, jnp.float32)
+        mine = Numbers(np.asarray(outputs[0]), np.asarray(outputs[1]), exported)
+        return numbers_of_transformers(model, tokens, mask), mine, mask
+
+    return compute
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_log_probs_are_those_of_transformers(name, both):
+    theirs, mine, mask = both(name)
+    assert mine.logits.dtype == mine.log_probs.dtype == np.float32
+    scale = np.abs(theirs.logits[mask]).max()
     assert scale > 1  # a dead model would prove nothing
-    error = np.abs(got - expected)[mask].max() / scale
-    assert error < 2e-5
+    assert np.abs(mine.logits - theirs.logits)[mask].max() < 2e-5 * scale
+    assert np.abs(mine.log_probs - theirs.log_probs)[mask[:, :-1]].max() < 2e-5 * scale
 
 
-CACHED = ["llama-biases", "gpt2-scaled"]
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_torch_autograd_for_every_tensor(name, both):
+    theirs, mine, _ = both(name)
+    gradients = {name.replace("embed_out.", "lm_head."): leaf for name, leaf in mine.gradients.items()}
+    assert gradients.keys() == theirs.gradients.keys()
+    largest = max(np.abs(leaf).max() for leaf in theirs.gradients.values())
+    for tensor, leaf in theirs.gradients.items():
+        assert np.abs(gradients[tensor] - leaf).max() < 3e-5 * largest, tensor
+        assert np.abs(leaf).max() > 1e-3 * largest or "k_proj.bias" in tensor, tensor  # no tensor is inert
 
 
-@pytest.mark.parametrize("name", CACHED)
+PADDED = ["llama-biases", "gpt2-scaled", "gemma3"]
+CACHED = [
+    *PADDED,
+    *("mistral", "qwen3", "smollm3-windows", "gemma2", "phi3", "pythia", "olmo2"),
+]
+
+
+@pytest.mark.parametrize("name", PADDED)
 def test_amount_side_and_ids_of_padding_change_nothing(name, ours):
     spec, params = ours(name)
     tokens, _ = left_padded([SHORT, SHORT], SHORT)
@@ -78,7 +142,7 @@ def test_amount_side_and_ids_of_padding_change_nothing(name, ours):
         np.testing.assert_allclose(padded[:, left : left + SHORT], whole, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", PADDED)
 def test_a_token_never_changes_what_comes_before_it(name, ours):
     spec, params = ours(name)
     tokens, mask = left_padded([SHORT, SHORT - 3], SHORT)
@@ -91,10 +155,10 @@ def test_a_token_never_changes_what_comes_before_it(name, ours):
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_decoding_with_a_cache_equals_the_whole_forward(name, ours):
+def test_decoding_with_a_cache_equals_the_whole_forward_beyond_the_window_too(name, ours):
     spec, params = ours(name)
-    prompt, new = 5, 4
-    tokens, mask = left_padded([SHORT, SHORT - 3, SHORT - 4], prompt + new, seed=1)
+    prompt, new = 18, 6
+    tokens, mask = left_padded([prompt + new, prompt + new - 3, new + 1], prompt + new, seed=1)
     whole = np.asarray(logits_of(params, tokens, mask, spec))
     apply = jax.jit(lambda *arguments: Decoder(spec).apply({"params": params}, *arguments))
     positions = np.asarray(positions_from_mask(jnp.asarray(mask)))

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
 from ppo_jax.errors import UserError
-from ppo_jax.models.families import FAMILIES, spec_of, tensors_of
-from tests.conftest import GPT2, LLAMA, LLAMA3_ROPE
+from ppo_jax.models.families import FAMILIES, family_of, spec_of, tensors_of
+from tests.conftest import GPT2, LLAMA, MODELS, hf_config
 
 
 def llama(**changes):
@@ -32,82 +31,40 @@ def test_fields_of_gpt2_become_the_spec():
     spec = spec_of(gpt2(n_layer=3, scale_attn_by_inverse_layer_idx=True, layer_norm_epsilon=1e-3))
     assert [layer.attention_scale for layer in spec.layers] == pytest.approx([6**-0.5 / i for i in (1, 2, 3)])
     assert (spec.norm, spec.norm_eps, spec.activation, spec.gated_mlp) == ("layer", 1e-3, "gelu_tanh", False)
-    assert (spec.mlp_width, spec.kv_heads, spec.rope, spec.tied_head) == (96, 4, None, True)
+    assert (spec.mlp_width, spec.kv_heads, spec.learned_positions, spec.tied_head) == (96, 4, True, True)
     assert spec_of(gpt2(scale_attn_weights=False)).layers[0].attention_scale == 1.0
-
-
-# Every field of a config, changed; those on the right change the mathematics.
-CHANGES = [
-    (llama, {"rms_norm_eps": 1e-2}),
-    (llama, {"num_key_value_heads": 1}),
-    (llama, {"head_dim": 10}),
-    (llama, {"attention_bias": True}),
-    (llama, {"mlp_bias": True}),
-    (llama, {"tie_word_embeddings": True}),
-    (llama, {"hidden_act": "relu"}),
-    (llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
-    (llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
-    (llama, {"rope_parameters": LLAMA3_ROPE}),
-    (gpt2, {"layer_norm_epsilon": 1e-2}),
-    (gpt2, {"activation_function": "gelu"}),
-    (gpt2, {"scale_attn_weights": False}),
-    (gpt2, {"scale_attn_by_inverse_layer_idx": True}),
-    (gpt2, {"tie_word_embeddings": False}),
-    (gpt2, {"n_inner": 40}),
-]
-
-
-@pytest.mark.parametrize(("make", "change"), CHANGES)
-def test_every_field_that_changes_the_mathematics_changes_the_spec(make, change):
-    assert spec_of(make(**change)) != spec_of(make())
-
-
-def frequencies(**rope):
-    return np.array(spec_of(llama(rope_parameters=rope)).rope.inverse_frequencies)
-
-
-def test_rope_frequencies_are_powers_of_theta_in_float64():
-    expected = [500.0 ** (-2 * i / 6) for i in range(3)]
-    np.testing.assert_allclose(frequencies(rope_type="default", rope_theta=500.0), expected, rtol=1e-15)
-    np.testing.assert_allclose(
-        frequencies(rope_type="linear", rope_theta=500.0, factor=4.0), np.array(expected) / 4, rtol=1e-15
-    )
-
-
-def test_llama3_frequencies_are_those_of_transformers():
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    # Wavelengths from 6 to 60,000: short ones are kept, long ones divided, some lie on the ramp.
-    config = llama(head_dim=64, rope_parameters=LLAMA3_ROPE | {"original_max_position_embeddings": 8192})
-    expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    assert attention_factor == 1.0
-    ours = np.array(spec_of(config).rope.inverse_frequencies)
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
-    ratio = ours / 10000.0 ** (-np.arange(32) / 32)
-    assert (ratio > 0.999).any()  # kept
-    assert ((ratio > 0.13) & (ratio < 0.99)).any()  # on the ramp
-    assert (ratio < 0.126).any()  # divided
-
-
-def test_the_old_spelling_of_rope_scaling_is_understood():
-    old = LlamaConfig.from_dict(LLAMA | {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}})
-    new = llama(rope_parameters={"rope_type": "linear", "rope_theta": 77.0, "factor": 2.0})
-    assert spec_of(old) == spec_of(new) != spec_of(llama())
 
 
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        (lambda: MistralConfig(), ["model_type 'mistral'", "supported are gpt2, llama"]),
+        (lambda: BloomConfig(), ["model_type 'bloom'", "supported are gemma2, gemma3_text, gpt2"]),
+        (lambda: Gemma3Config(), ["multimodal", "gemma3_text"]),
         (lambda: llama(hidden_act="quick_gelu"), ["hidden_act is 'quick_gelu'", "silu"]),
         (
-            lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-            ["rope_type 'dynamic'", "default, linear, llama3"],
+            lambda: llama(rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}),
+            ["rope_type 'proportional'", "default, linear, dynamic, llama3, yarn, longrope"],
         ),
         (
             lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-            ["partial_rotary_factor"],
+            ["partial_rotary_factor=0.5"],
         ),
+        (lambda: llama(is_causal=False), ["is_causal=False"]),
+        (lambda: gpt2(is_causal=False), ["is_causal=False"]),
+        (lambda: hf_config("mistral", sliding_window=0), ["sliding_window=0"]),
+        (lambda: hf_config("qwen2", layer_types=["full_attention", "chunked_attention"]), ["layer_types"]),
+        (
+            lambda: hf_config("qwen2-yarn", layer_types=["full_attention", "sliding_attention"]),
+            ["layer_types", "window"],
+        ),
+        (lambda: hf_config("smollm3", no_rope_layers=[1], layer_types=["full_attention"] * 2), ["no_rope_layers=[1]"]),
+        (
+            lambda: hf_config("smollm3-windows", use_sliding_window=False, layer_types=["sliding_attention"] * 2),
+            ["use_sliding_window=False"],
+        ),
+        (lambda: hf_config("gemma3", use_bidirectional_attention=True), ["use_bidirectional_attention=True"]),
+        (lambda: hf_config("gemma3", attn_logit_softcapping=5.0), ["attn_logit_softcapping=5.0"]),
+        (lambda: hf_config("pythia", head_dim=10), ["head_dim=10"]),
         (lambda: llama(sliding_window=128), ["sliding_window=128", "model.ignored_config_fields"]),
         (lambda: llama(logit_scale=0.0), ["logit_scale=0.0"]),
         (lambda: llama(rope_interleaved=True), ["rope_interleaved=True"]),
@@ -135,26 +92,28 @@ def test_fields_that_change_no_logit_are_accepted():
     assert spec_of(gpt2(attn_pdrop=0.3, resid_pdrop=0.0, reorder_and_upcast_attn=True)) == spec_of(gpt2())
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_every_parameter_is_in_exactly_one_tensor(make):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_is_in_exactly_one_tensor(name):
     import jax
 
     from ppo_jax.models.decoder import abstract_params
 
-    for change in ({}, {"tie_word_embeddings": make is llama}, {"attention_bias": True} if make is llama else {}):
-        config = make(**change)
-        spec = spec_of(config)
-        paths = {
-            "/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(spec))
-        }
-        rows = tensors_of(config, spec, paths)
-        held = [path for row in rows for path in row.params]
-        assert sorted(held) == sorted(paths)
-        assert len({row.name for row in rows}) == len(rows)
-        assert any(row.name == "lm_head.weight" for row in rows) != spec.tied_head
+    config = hf_config(name)
+    spec = spec_of(config)
+    paths = {
+        "/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(spec))
+    }
+    rows = tensors_of(config, spec, paths)
+    held = [path for row in rows for path in row.params]
+    assert sorted(held) == sorted(paths)
+    assert len({row.name for row in rows}) == len(rows)
+    assert any(row.name == family_of(config).head for row in rows) != spec.tied_head
+
+
+def test_every_family_is_among_the_models_that_are_compared():
+    assert {family for family, _ in MODELS.values()} == set(FAMILIES)
 
 
 def test_specs_are_hashable_and_equal_by_value():
     assert hash(spec_of(llama())) == hash(spec_of(llama()))
     assert dataclasses.replace(spec_of(llama()), norm_eps=1.0) != spec_of(llama())
-    assert set(FAMILIES) == {"llama", "gpt2"}

@@ -13,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
-from tests.conftest import hf_model
+from ppo_jax.models.families import family_of
+from tests.conftest import MODELS, hf_model
 
-ROUND_TRIPS = ["llama-tied", "llama-biases", "gpt2", "gpt2-untied"]
+ROUND_TRIPS = [(name, "float32") for name in MODELS] + [
+    (name, dtype) for name in ("llama-tied", "gpt2-untied", "phi3", "pythia") for dtype in ("bfloat16", "float16")
+]
 
 
 @pytest.fixture
@@ -62,8 +65,7 @@ def same_params(first, second):
 # ---------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("name", ROUND_TRIPS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "dtype"), ROUND_TRIPS)
 def test_a_saved_model_is_loaded_by_transformers_with_identical_tensors(name, dtype, hf_directory, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,7 +83,7 @@ def test_a_saved_model_is_loaded_by_transformers_with_identical_tensors(name, dt
     assert_same_tensors(reference, loaded)
     tied = loaded.get_input_embeddings().weight.data_ptr() == loaded.get_output_embeddings().weight.data_ptr()
     assert tied == model.spec.tied_head
-    assert ("lm_head.weight" in load_file(target / "model.safetensors")) != model.spec.tied_head
+    assert (family_of(model.config).head in load_file(target / "model.safetensors")) != model.spec.tied_head
     assert same_params(load(target)[1], params)
 
 
@@ -171,16 +173,17 @@ def refusal(directory, **arguments):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "mistral"}, ["'mistral'", "supported are gpt2, llama"]),
-        ({"model_type": "no_such_model"}, ["'no_such_model'", "supported are gpt2, llama"]),
-        ({"model_type": ...}, ["None", "supported are gpt2, llama"]),
-        ({"model_type": ["llama"]}, ["['llama']", "supported are gpt2, llama"]),
+        ({"model_type": "bloom"}, ["'bloom'", "supported are gemma2, gemma3_text, gpt2"]),
+        ({"model_type": "gemma3"}, ["multimodal", "gemma3_text"]),
+        ({"model_type": "no_such_model"}, ["'no_such_model'", "supported are gemma2, gemma3_text, gpt2"]),
+        ({"model_type": ...}, ["None", "supported are gemma2, gemma3_text, gpt2"]),
+        ({"model_type": ["llama"]}, ["['llama']", "supported are gemma2, gemma3_text, gpt2"]),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, ["remote code", "auto_map"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised"]),
         ({"hidden_size": "wide"}, ["hidden_size"]),
         ({"num_attention_heads": 5}, ["multiple of the number of attention heads (5)"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, ["'yarn'", "llama3"]),
+        ({"rope_parameters": {"rope_type": "axial", "factor": 2.0, "rope_theta": 1e4}}, ["'axial'", "llama3"]),
         ({"residual_multiplier": 0.5}, ["residual_multiplier=0.5", "model.ignored_config_fields"]),
     ],
 )
@@ -205,6 +208,18 @@ def test_unknown_fields_that_the_user_vouches_for_are_accepted(copy_of):
     edit_json(directory / "config.json", residual_multiplier=0.5)
     load(directory, ignored=("residual_multiplier",))
     assert "residual_multiplier" in refusal(directory)
+
+
+def test_code_of_a_model_that_transformers_knows_can_be_ignored_and_is_neither_run_nor_saved(copy_of, tmp_path):
+    directory = copy_of("phi3")
+    plain = load(directory)[0].spec
+    edit_json(directory / "config.json", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
+    (directory / "configuration_phi3.py").write_text("raise SystemExit('remote code was run')")
+    assert "model.ignored_config_fields" in refusal(directory)
+    model, params = load(directory, ignored=("auto_map",))
+    assert model.spec == plain
+    hf_io.save_model(tmp_path / "policy", model, params)
+    assert load(tmp_path / "policy")[0].spec == plain
 
 
 def test_a_directory_without_config_or_tokenizer_is_refused(copy_of):

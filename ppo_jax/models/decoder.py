@@ -12,9 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ppo_jax.models.rope import RopeSpec, rotate
 from ppo_jax.ops.logprobs import wide_dtype
 from ppo_jax.sharding import by_heads, by_rows, by_width
 
@@ -34,13 +34,8 @@ class LayerSpec:
     """What may differ from layer to layer."""
 
     attention_scale: float
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary positions: the inverse frequencies in radians per position, one per pair of a head's channels."""
-
-    inverse_frequencies: tuple[float, ...]
+    window: int | None = None  # how many tokens a query sees, itself included; None: all before it
+    rope: RopeSpec | None = None  # None: this layer does not know positions
 
 
 @dataclass(frozen=True)
@@ -55,34 +50,42 @@ class DecoderSpec:
     mlp_width: int
     max_positions: int
     layers: tuple[LayerSpec, ...]
-    norm: str  # "rms" or "layer"
+    norm: str  # "rms", "rms_offset" (its gain is 1 + weight) or "layer"
     norm_eps: float
     activation: str  # a key of ACTIVATIONS
     gated_mlp: bool
-    rope: RopeSpec | None  # None: learned position embeddings
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     tied_head: bool
-
-
-def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """θ^(−2i/d) for i = 0 .. d/2 − 1, in float64."""
-    return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    pre_norm: bool = True  # normalise what attention and MLP read
+    post_norm: bool = False  # normalise what they add to the residual stream
+    parallel_residual: bool = False  # the MLP reads what attention reads, not its outcome
+    qk_norm: str | None = None  # queries and keys: "head" normalises each head, "full" all heads together
+    learned_positions: bool = False
+    embedding_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
 
 def at_least_float32(x: Array) -> Array:
     return x.astype(wide_dtype(x.dtype))
 
 
-def rotate(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], rope: RopeSpec) -> Float[Array, "B S N H"]:
-    """Rotary embedding in the half-split layout: channel i is paired with channel i + H/2."""
-    wide = at_least_float32(x)
-    frequencies = jnp.asarray(rope.inverse_frequencies, wide.dtype)
-    angles = (positions[..., None].astype(wide.dtype) * frequencies[None, None])[:, :, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(wide, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap · tanh(x / cap), or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def windowed(visible: Bool[Array, "B L S"], window: int | None, first_slot) -> Bool[Array, "B L S"]:
+    """What is visible within the window: query l, at slot `first_slot + l`, sees the last `window` slots.
+
+    Slots stand in for positions, since the real tokens of a row lie side by side.
+    """
+    if window is None:
+        return visible
+    queries, keys = jnp.arange(visible.shape[1]) + first_slot, jnp.arange(visible.shape[2])
+    return visible & (queries[:, None] - keys[None] < window)[None]
 
 
 def attend(
@@ -92,6 +95,7 @@ def attend(
     visible: Bool[Array, "B L S"],
     *,
     scale: float,
+    softcap: float | None,
 ) -> Float[Array, "B L N H"]:
     """Softmax attention, grouped queries: query heads n share key head n // (N / K).
 
@@ -102,28 +106,36 @@ def attend(
     wide = wide_dtype(queries.dtype)
     grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = scale * jnp.einsum("blkgh,bksh->bkgls", grouped, keys, preferred_element_type=wide)
+    scores = soft_cap(scores, softcap)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgls,bksh->blkgh", weights, values).reshape(queries.shape)
 
 
 class Norm(nn.Module):
-    """RMSNorm (gain) or LayerNorm (gain and bias), computed in float32 at least."""
+    """RMSNorm (gain, or 1 + gain) or LayerNorm (gain and bias), in float32 at least until the end.
+
+    So do Gemma, OLMo 2 and torch's LayerNorm. Llama's kin in transformers round to the storage dtype before the gain,
+    which in bfloat16 is one rounding more.
+    """
 
     kind: str
     eps: float
 
     @nn.compact
     def __call__(self, x):
-        wide = at_least_float32(x)
+        wide, shape = at_least_float32(x), x.shape[-1:]
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        gain = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        out = normed.astype(x.dtype) * gain[None, None]
+        zero_based = self.kind == "rms_offset"
+        weight = self.param("scale", nn.initializers.zeros if zero_based else nn.initializers.ones, shape)
+        gain = at_least_float32(weight) + (1.0 if zero_based else 0.0)
+        out = normed * jnp.expand_dims(gain, range(x.ndim - 1))
         if self.kind == "layer":
-            out = out + self.param("bias", nn.initializers.zeros, x.shape[-1:])[None, None]
-        return out
+            bias = at_least_float32(self.param("bias", nn.initializers.zeros, shape))
+            out = out + jnp.expand_dims(bias, range(x.ndim - 1))
+        return out.astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -147,26 +159,30 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, visible, cache, slot):
-        spec = self.spec
+        spec, rope = self.spec, self.layer.rope
 
-        def project(name, heads):
+        def project(name, heads, normalised):
             out = Linear(heads * spec.head_dim, bias=spec.qkv_bias, name=name)(x)
-            return out.reshape(*x.shape[:2], heads, spec.head_dim)
+            if normalised and spec.qk_norm == "full":
+                out = Norm(spec.norm, spec.norm_eps, name=f"{name}_norm")(out)
+            out = out.reshape(*x.shape[:2], heads, spec.head_dim)
+            if normalised and spec.qk_norm == "head":
+                out = Norm(spec.norm, spec.norm_eps, name=f"{name}_norm")(out)
+            return out
 
-        queries, keys, values = (
-            project("q", spec.heads),
-            project("k", spec.kv_heads),
-            project("v", spec.kv_heads),
-        )
-        if spec.rope is not None:
-            queries, keys = rotate(queries, positions, spec.rope), rotate(keys, positions, spec.rope)
+        queries = project("q", spec.heads, normalised=True)
+        keys = project("k", spec.kv_heads, normalised=True)
+        values = project("v", spec.kv_heads, normalised=False)
+        if rope is not None:
+            queries, keys = rotate(queries, positions, rope), rotate(keys, positions, rope)
         queries, keys, values = by_rows((queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)))
         if cache is not None:
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
                 for old, new in zip(cache, (keys, values), strict=True)
             )
-        mixed = attend(queries, keys, values, visible, scale=self.layer.attention_scale)
+        scale, softcap = self.layer.attention_scale, spec.attention_softcap
+        mixed = attend(queries, keys, values, visible, scale=scale, softcap=softcap)
         flat = mixed.reshape(*x.shape[:2], spec.heads * spec.head_dim)
         if cache is not None:
             flat = by_heads(flat)
@@ -190,19 +206,25 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residual connections."""
+    """Attention and MLP, each added to the residual stream, with norms before them, after them, or both."""
 
     spec: DecoderSpec
     layer: LayerSpec
 
     @nn.compact
     def __call__(self, x, positions, visible, cache, slot):
-        norm = partial(Norm, self.spec.norm, self.spec.norm_eps)
-        attended, cache = Attention(self.spec, self.layer, name="attn")(
-            norm(name="norm1")(x), positions, visible, cache, slot
-        )
-        x = x + attended
-        return x + Mlp(self.spec, name="mlp")(norm(name="norm2")(x)), cache
+        spec = self.spec
+
+        def before(name, x):
+            return Norm(spec.norm, spec.norm_eps, name=name)(x) if spec.pre_norm else x
+
+        def after(name, x):
+            return Norm(spec.norm, spec.norm_eps, name=name)(x) if spec.post_norm else x
+
+        attention, mlp = Attention(spec, self.layer, name="attn"), Mlp(spec, name="mlp")
+        attended, cache = attention(before("norm1", x), positions, visible, cache, slot)
+        summed = x + after("post_norm1", attended)
+        return summed + after("post_norm2", mlp(before("norm2", x if spec.parallel_residual else summed))), cache
 
 
 class Decoder(nn.Module):
@@ -220,7 +242,9 @@ class Decoder(nn.Module):
         spec = self.spec
         embedding = self.param("embed", nn.initializers.normal(0.02), (spec.vocab_size, spec.width))
         x = by_width(embedding[tokens])
-        if spec.rope is None:
+        if spec.embedding_scale is not None:  # rounded to the weights' dtype first, as the models were trained
+            x = x * jnp.asarray(spec.embedding_scale, x.dtype)
+        if spec.learned_positions:
             table = self.param("positions", nn.initializers.normal(0.02), (spec.max_positions, spec.width))
             x = x + table[positions]
         # Whole sequences: a device gathers a layer and computes its own answers. Next tokens: the weights stay.
@@ -229,17 +253,19 @@ class Decoder(nn.Module):
         if not spec.tied_head:  # declared here so that it is initialised; used by `head_logits`
             self.param("head", nn.initializers.normal(0.02), (spec.width, spec.vocab_size))
         block_type = nn.remat(Block) if self.remat else Block
+        first_slot = 0 if cache is None else slot
+        masks = {window: windowed(visible, window, first_slot) for window in {layer.window for layer in spec.layers}}
         layer_caches = []
         for i, layer in enumerate(spec.layers):
             block = block_type(spec, layer, name=f"layer_{i}")
-            x, layer_cache = block(x, positions, visible, None if cache is None else cache[i], slot)
+            x, layer_cache = block(x, positions, masks[layer.window], None if cache is None else cache[i], slot)
             x = place(x)
             layer_caches.append(layer_cache)
         return Norm(spec.norm, spec.norm_eps, name="final_norm")(x), tuple(layer_caches)
 
 
 def init_params(spec: DecoderSpec, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters: normal(0, 0.02) weights, unit gains, zero biases."""
+    """Random parameters: normal(0, 0.02) weights, gains of 1, zero biases."""
     one = jnp.zeros((1, 1), jnp.int32)
     params = Decoder(spec).init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
     return cast(params, dtype)
@@ -307,8 +333,10 @@ def head_logits(params: Params, hidden: Float[Array, "*rows D"], *, spec: Decode
     """Logits of hidden states, accumulated in float32 at least. A tied head is the embedding itself, not a copy."""
     wide = wide_dtype(hidden.dtype)
     if spec.tied_head:
-        return jnp.einsum("...d,vd->...v", hidden, params["embed"], preferred_element_type=wide)
-    return jnp.einsum("...d,dv->...v", hidden, params["head"], preferred_element_type=wide)
+        logits = jnp.einsum("...d,vd->...v", hidden, params["embed"], preferred_element_type=wide)
+    else:
+        logits = jnp.einsum("...d,dv->...v", hidden, params["head"], preferred_element_type=wide)
+    return soft_cap(logits, spec.logit_softcap)
 
 
 def parameter_count(params: Params) -> int:

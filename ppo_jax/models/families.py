@@ -1,96 +1,64 @@
 """Model families as data: how a Hugging Face `config.json` becomes a `DecoderSpec`, and how its tensors are named.
 
-A field of the config that changes the mathematics is honoured or refused by name: `_Fields` remembers which ones a
-family reads, and whatever it leaves over must be listed as harmless or be switched off.
+A field of the config that changes the mathematics is honoured or refused by name, see `config_fields`. How to add a
+family is described in `docs/families.md`.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig
 
 from ppo_jax.errors import UserError
-from ppo_jax.models.decoder import DecoderSpec, LayerSpec, RopeSpec, rope_frequencies
+from ppo_jax.models import tensor_names
+from ppo_jax.models.config_fields import Fields
+from ppo_jax.models.decoder import DecoderSpec, LayerSpec
+from ppo_jax.models.rope import rope_spec, served_positions
+from ppo_jax.models.tensor_names import HEAD, Tensor
 
-# Fields that name, describe, initialise or drive generation, but change no logit (dropout is off everywhere).
-HARMLESS = frozenset(
-    """
-    model_type architectures transformers_version torch_dtype dtype _name_or_path name_or_path use_cache
-    pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id unk_token_id
-    initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp
-    id2label label2id problem_type return_dict output_attentions output_hidden_states is_encoder_decoder
-    chunk_size_feed_forward n_ctx task_specific_params summary_type summary_use_proj summary_activation
-    summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn gradient_checkpointing
-    is_llama_config transformers.js_config
-    """.split()  # noqa: SIM905, a list of this length reads better as a paragraph
-)
-
-ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-
-class _Fields:
-    """A config's fields; what is asked for counts as honoured."""
-
-    def __init__(self, config: PretrainedConfig):
-        self._values = config.to_dict()
-        self._read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self._read.add(name)
-        return self._values.get(name)
-
-    def activation(self, name: str) -> str:
-        if self[name] not in ACTIVATION_NAMES:
-            raise UserError(f"config.json: {name} is {self[name]!r}; supported are {', '.join(ACTIVATION_NAMES)}")
-        return ACTIVATION_NAMES[self[name]]
-
-    def refuse_leftovers(self, ignored: tuple[str, ...]) -> None:
-        left = {
-            name: value
-            for name, value in self._values.items()
-            if name not in self._read | HARMLESS | set(ignored) and value is not None and value is not False
-        }
-        if left:
-            listing = ", ".join(f"{name}={value!r}" for name, value in sorted(left.items()))
-            raise UserError(
-                f"config.json has fields this decoder does not know for model_type "
-                f"{self._values.get('model_type')!r}: {listing}. They may change the mathematics, so the model is "
-                f"refused. If they do not, name them in model.ignored_config_fields."
-            )
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of the files and the parameters it holds; several are concatenated along their output axis."""
-
-    name: str
-    params: tuple[str, ...]
-    transpose: bool = False
+__all__ = ["FAMILIES", "HEAD", "Family", "Tensor", "family_of", "spec_of", "tensors_of", "unsupported"]
 
 
 @dataclass(frozen=True)
 class Family:
     """One row: reader of the config, prefix of the trunk's tensors, their names, and buffers that files may hold."""
 
-    spec: Callable[[_Fields], DecoderSpec]
-    prefix: str
-    tensors: tuple[Tensor, ...]  # "{i}" stands for the layer
-    buffers: tuple[str, ...] = ()
+    spec: Callable[[Fields], DecoderSpec]
+    prefix: str = "model."
+    tensors: tuple[Tensor, ...] = tensor_names.LLAMA
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    @property
+    def head(self) -> str:
+        """Name of the language-model head's tensor."""
+        return next(row.name for row in self.tensors if row.params == HEAD.params)
 
 
-def _llama_spec(fields: _Fields) -> DecoderSpec:
-    heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    head_dim = fields["head_dim"] or width // heads
+# ---------------------------------------------------------------------------- what several families share
+
+
+def _rotary_decoder(
+    fields: Fields,
+    *,
+    activation: str = "hidden_act",
+    scale: float | None = None,
+    windows: Sequence[int | None] | None = None,
+    ropes: Sequence[dict[str, Any] | None] | None = None,
+    partial: bool = False,
+    **own: Any,
+) -> DecoderSpec:
+    """A decoder with rotary positions whose sizes have the usual names.
+
+    Every layer alike unless `windows` or `ropes` (rope parameters, None: no rotation) say otherwise; `own` are the
+    fields of `DecoderSpec` in which the family differs from others.
+    """
+    heads, width, count = fields["num_attention_heads"], fields["hidden_size"], fields["num_hidden_layers"]
+    head_dim, max_positions = fields["head_dim"] or width // heads, fields["max_position_embeddings"]
+    fields.only("is_causal", True)
+    layer_windows = windows or [None] * count
+    layer_ropes = ropes or [fields["rope_parameters"] or {}] * count
+    served = [served_positions(rope, max_positions) for rope in layer_ropes if rope is not None]
     return DecoderSpec(
         vocab_size=fields["vocab_size"],
         width=width,
@@ -98,60 +66,173 @@ def _llama_spec(fields: _Fields) -> DecoderSpec:
         kv_heads=fields["num_key_value_heads"] or heads,
         head_dim=head_dim,
         mlp_width=fields["intermediate_size"],
-        max_positions=fields["max_position_embeddings"],
-        layers=(LayerSpec(attention_scale=head_dim**-0.5),) * fields["num_hidden_layers"],
-        norm="rms",
-        norm_eps=fields["rms_norm_eps"],
-        activation=fields.activation("hidden_act"),
-        gated_mlp=True,
-        rope=_rope(fields["rope_parameters"] or {}, head_dim),
-        qkv_bias=bool(fields["attention_bias"]),
-        out_bias=bool(fields["attention_bias"]),
-        mlp_bias=bool(fields["mlp_bias"]),
+        max_positions=min(served, default=max_positions),
+        layers=tuple(
+            LayerSpec(
+                attention_scale=head_dim**-0.5 if scale is None else scale,
+                window=window,
+                rope=None if rope is None else rope_spec(rope, head_dim, max_positions, partial=partial),
+            )
+            for window, rope in zip(layer_windows, layer_ropes, strict=True)
+        ),
+        activation=fields.activation(activation),
         tied_head=bool(fields["tie_word_embeddings"]),
+        **own,
     )
 
 
-# What each kind of rope reads beside its type and θ; anything else in `rope_parameters` is refused.
-ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
+def _rms(fields: Fields) -> dict[str, Any]:
+    return {"norm": "rms", "norm_eps": fields["rms_norm_eps"], "gated_mlp": True}
 
 
-def _rope(parameters: dict[str, Any], head_dim: int) -> RopeSpec:
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_KEYS:
-        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
-    unknown = set(parameters) - ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta"}
-    if unknown:
-        raise UserError(
-            f"config.json: rope_parameters of type {kind!r} with {', '.join(sorted(unknown))} are not supported; they "
-            f"may change the mathematics, so the model is refused"
-        )
-    frequencies = rope_frequencies(head_dim, parameters.get("rope_theta", 10000.0))
-    if kind == "linear":
-        frequencies = frequencies / parameters["factor"]
-    elif kind == "llama3":
-        frequencies = _llama3_frequencies(frequencies, parameters)
-    return RopeSpec(tuple(frequencies.tolist()))
+def _biases(*, qkv: Any = False, out: Any = False, mlp: Any = False) -> dict[str, Any]:
+    return {"qkv_bias": bool(qkv), "out_bias": bool(out), "mlp_bias": bool(mlp)}
 
 
-def _llama3_frequencies(frequencies: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
-    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear ramp of the frequency between."""
-    original = parameters["original_max_position_embeddings"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    turns = original * frequencies / (2 * math.pi)  # how often a channel turns within the original context
-    kept_share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept_share + (1 - kept_share) / parameters["factor"])
+def _window(fields: Fields) -> int | None:
+    window = fields["sliding_window"]
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise fields.refusal("sliding_window", "a window is a number of tokens, at least 1, or null")
+    return window
 
 
-def _gpt2_spec(fields: _Fields) -> DecoderSpec:
+def _layer_types(fields: Fields) -> list[str]:
+    """`layer_types`, which transformers' config classes fill in from older fields where it is absent."""
+    types, count, window = fields["layer_types"], fields["num_hidden_layers"], _window(fields)
+    if len(types) != count or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise fields.refusal("layer_types", f"expected {count} of full_attention and sliding_attention")
+    if "sliding_attention" in types and window is None:
+        raise fields.refusal("layer_types", "layers slide, but there is no window (sliding_window, use_sliding_window)")
+    return types
+
+
+def _windows(fields: Fields) -> list[int | None]:
+    return [_window(fields) if kind == "sliding_attention" else None for kind in _layer_types(fields)]
+
+
+# ---------------------------------------------------------------------------- one reader for each family
+
+
+def _llama(fields: Fields) -> DecoderSpec:
+    bias = fields["attention_bias"]
+    return _rotary_decoder(fields, **_rms(fields), **_biases(qkv=bias, out=bias, mlp=fields["mlp_bias"]))
+
+
+def _mistral(fields: Fields) -> DecoderSpec:
+    windows = [_window(fields)] * fields["num_hidden_layers"]
+    return _rotary_decoder(fields, windows=windows, **_rms(fields), **_biases())
+
+
+def _qwen2(fields: Fields) -> DecoderSpec:
+    fields.derived("use_sliding_window", "max_window_layers")
+    return _rotary_decoder(fields, windows=_windows(fields), **_rms(fields), **_biases(qkv=True))
+
+
+def _qwen3(fields: Fields) -> DecoderSpec:
+    fields.derived("use_sliding_window", "max_window_layers")
+    bias = fields["attention_bias"]
+    own = _rms(fields) | _biases(qkv=bias, out=bias)
+    return _rotary_decoder(fields, windows=_windows(fields), qk_norm="head", **own)
+
+
+def _smollm3(fields: Fields) -> DecoderSpec:
+    fields.derived("no_rope_layer_interval")
+    fields.derived("max_window_layers")  # Qwen's field in SmolLM3's files, which its config class does not read
+    bias, rope = fields["attention_bias"], fields["rope_parameters"]
+    turned, count = fields["no_rope_layers"], fields["num_hidden_layers"]
+    if len(turned) < count:
+        raise fields.refusal("no_rope_layers", f"expected {count} entries, 1 for rotary positions and 0 for none")
+    windows = _windows(fields)
+    if any(windows):
+        fields.only("use_sliding_window", True)  # false beside sliding layers: attention kernels disagree on it
+    return _rotary_decoder(
+        fields,
+        windows=windows,
+        ropes=[rope if turns else None for turns in turned[:count]],
+        **_rms(fields),
+        **_biases(qkv=bias, out=bias, mlp=fields["mlp_bias"]),
+    )
+
+
+def _gemma2(fields: Fields, **own: Any) -> DecoderSpec:
+    fields.only("use_bidirectional_attention", False)
+    fields.only("hidden_act", fields["hidden_activation"])  # older names that Gemma 2's files carry along
+    fields.only("sliding_window_size", fields["sliding_window"])
+    bias = fields["attention_bias"]
+    return _rotary_decoder(
+        fields,
+        activation="hidden_activation",
+        scale=fields["query_pre_attn_scalar"] ** -0.5,
+        windows=_windows(fields),
+        norm="rms_offset",
+        norm_eps=fields["rms_norm_eps"],
+        gated_mlp=True,
+        post_norm=True,
+        embedding_scale=fields["hidden_size"] ** 0.5,
+        attention_softcap=fields["attn_logit_softcapping"],
+        logit_softcap=fields["final_logit_softcapping"],
+        **_biases(qkv=bias, out=bias),
+        **own,
+    )
+
+
+def _gemma3(fields: Fields) -> DecoderSpec:
+    fields.derived("sliding_window_pattern", "_sliding_window_pattern")
+    parameters = fields["rope_parameters"]
+    if set(parameters) != {"full_attention", "sliding_attention"} or not all(parameters.values()):
+        raise fields.refusal("rope_parameters", "expected one entry for full_attention and one for sliding_attention")
+    fields.only("attn_logit_softcapping")  # Gemma 3's attention takes no cap in transformers
+    return _gemma2(fields, qk_norm="head", ropes=[parameters[kind] for kind in _layer_types(fields)])
+
+
+def _phi3(fields: Fields) -> DecoderSpec:
+    # Both ended up in `rope_parameters`; the second counts there for longrope only.
+    fields.derived("partial_rotary_factor", "original_max_position_embeddings")
+    windows = [_window(fields)] * fields["num_hidden_layers"]
+    return _rotary_decoder(fields, windows=windows, partial=True, **_rms(fields), **_biases())
+
+
+def _olmo2(fields: Fields) -> DecoderSpec:
+    bias = fields["attention_bias"]
+    own = _rms(fields) | _biases(qkv=bias, out=bias)
+    return _rotary_decoder(fields, pre_norm=False, post_norm=True, qk_norm="full", **own)
+
+
+def _gpt_neox(fields: Fields) -> DecoderSpec:
+    fields.only("head_dim")  # transformers' rope reads these, its attention does not
+    fields.only("num_key_value_heads")
+    bias = fields["attention_bias"]
+    return _rotary_decoder(
+        fields,
+        partial=True,
+        norm="layer",
+        norm_eps=fields["layer_norm_eps"],
+        gated_mlp=False,
+        parallel_residual=bool(fields["use_parallel_residual"]),
+        **_biases(qkv=bias, out=bias, mlp=True),
+    )
+
+
+def _starcoder2(fields: Fields) -> DecoderSpec:
+    fields.only("norm_type", "layer_norm")
+    fields.only("mlp_type", "default")
+    bias = fields["use_bias"]
+    return _rotary_decoder(
+        fields,
+        windows=[_window(fields)] * fields["num_hidden_layers"],
+        norm="layer",
+        norm_eps=fields["norm_epsilon"],
+        gated_mlp=False,
+        **_biases(qkv=bias, out=bias, mlp=bias),
+    )
+
+
+def _gpt2(fields: Fields) -> DecoderSpec:
     heads, width, layers = fields["n_head"], fields["n_embd"], fields["n_layer"]
     head_dim = width // heads
     scale = head_dim**-0.5 if fields["scale_attn_weights"] else 1.0
     by_depth = fields["scale_attn_by_inverse_layer_idx"]
+    fields.only("is_causal", True)
     return DecoderSpec(
         vocab_size=fields["vocab_size"],
         width=width,
@@ -165,87 +246,55 @@ def _gpt2_spec(fields: _Fields) -> DecoderSpec:
         norm_eps=fields["layer_norm_epsilon"],
         activation=fields.activation("activation_function"),
         gated_mlp=False,
-        rope=None,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
+        learned_positions=True,
         tied_head=bool(fields["tie_word_embeddings"]),
+        **_biases(qkv=True, out=True, mlp=True),
     )
 
 
-def _linear(name: str, param: str) -> tuple[Tensor, Tensor]:
-    """A torch Linear, stored (out, in), and its bias."""
-    return Tensor(f"{name}.weight", (f"{param}/kernel",), transpose=True), Tensor(f"{name}.bias", (f"{param}/bias",))
-
-
-def _conv1d(name: str, *params: str) -> tuple[Tensor, Tensor]:
-    """GPT-2's Conv1D, stored (in, out) as ours, and its bias."""
-    return (
-        Tensor(f"{name}.weight", tuple(f"{p}/kernel" for p in params)),
-        Tensor(f"{name}.bias", tuple(f"{p}/bias" for p in params)),
-    )
-
-
-def _layer_norm(name: str, param: str) -> tuple[Tensor, Tensor]:
-    return Tensor(f"{name}.weight", (f"{param}/scale",)), Tensor(f"{name}.bias", (f"{param}/bias",))
-
-
-HEAD = Tensor("lm_head.weight", ("head",), transpose=True)
-
-LLAMA = Family(
-    spec=_llama_spec,
-    prefix="model.",
-    tensors=(
-        Tensor("model.embed_tokens.weight", ("embed",)),
-        Tensor("model.layers.{i}.input_layernorm.weight", ("layer_{i}/norm1/scale",)),
-        *_linear("model.layers.{i}.self_attn.q_proj", "layer_{i}/attn/q"),
-        *_linear("model.layers.{i}.self_attn.k_proj", "layer_{i}/attn/k"),
-        *_linear("model.layers.{i}.self_attn.v_proj", "layer_{i}/attn/v"),
-        *_linear("model.layers.{i}.self_attn.o_proj", "layer_{i}/attn/o"),
-        Tensor("model.layers.{i}.post_attention_layernorm.weight", ("layer_{i}/norm2/scale",)),
-        *_linear("model.layers.{i}.mlp.gate_proj", "layer_{i}/mlp/gate"),
-        *_linear("model.layers.{i}.mlp.up_proj", "layer_{i}/mlp/up"),
-        *_linear("model.layers.{i}.mlp.down_proj", "layer_{i}/mlp/down"),
-        Tensor("model.norm.weight", ("final_norm/scale",)),
-        HEAD,
+FAMILIES = {
+    "gemma2": Family(_gemma2, tensors=tensor_names.GEMMA),
+    "gemma3_text": Family(_gemma3, tensors=tensor_names.GEMMA),
+    "gpt2": Family(
+        _gpt2, prefix="transformer.", tensors=tensor_names.GPT2, buffers=(".attn.bias", ".attn.masked_bias")
     ),
-    buffers=("rotary_emb.inv_freq",),
-)
-
-GPT2 = Family(
-    spec=_gpt2_spec,
-    prefix="transformer.",
-    tensors=(
-        Tensor("transformer.wte.weight", ("embed",)),
-        Tensor("transformer.wpe.weight", ("positions",)),
-        *_layer_norm("transformer.h.{i}.ln_1", "layer_{i}/norm1"),
-        *_conv1d("transformer.h.{i}.attn.c_attn", "layer_{i}/attn/q", "layer_{i}/attn/k", "layer_{i}/attn/v"),
-        *_conv1d("transformer.h.{i}.attn.c_proj", "layer_{i}/attn/o"),
-        *_layer_norm("transformer.h.{i}.ln_2", "layer_{i}/norm2"),
-        *_conv1d("transformer.h.{i}.mlp.c_fc", "layer_{i}/mlp/up"),
-        *_conv1d("transformer.h.{i}.mlp.c_proj", "layer_{i}/mlp/down"),
-        *_layer_norm("transformer.ln_f", "final_norm"),
-        HEAD,
+    "gpt_neox": Family(
+        _gpt_neox,
+        prefix="gpt_neox.",
+        tensors=tensor_names.GPT_NEOX,
+        buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
     ),
-    buffers=(".attn.bias", ".attn.masked_bias"),
-)
+    "llama": Family(_llama),
+    "mistral": Family(_mistral),
+    "olmo2": Family(_olmo2, tensors=tensor_names.GEMMA),
+    "phi3": Family(_phi3, tensors=tensor_names.PHI3),
+    "qwen2": Family(_qwen2),
+    "qwen3": Family(_qwen3),
+    "smollm3": Family(_smollm3),
+    "starcoder2": Family(_starcoder2, tensors=tensor_names.STARCODER2),
+}
 
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+
+def unsupported(model_type: Any) -> str:
+    """Why there is no family of this name, and what to do."""
+    if model_type == "gemma3":
+        return (
+            "model_type 'gemma3' is the multimodal Gemma 3, whose image tokens ppo_jax does not know; use its text "
+            "model alone (model_type 'gemma3_text', such as Gemma 3 1B)"
+        )
+    return f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a config; an unknown one is refused with the list of known ones."""
     if config.model_type not in FAMILIES:
-        raise UserError(
-            f"config.json: model_type {config.model_type!r} (architectures {config.architectures}) is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
-        )
+        raise UserError(f"config.json (architectures {config.architectures}): {unsupported(config.model_type)}")
     return FAMILIES[config.model_type]
 
 
 def spec_of(config: PretrainedConfig, *, ignored_fields: tuple[str, ...] = ()) -> DecoderSpec:
     """The decoder of a Hugging Face config, every field honoured or refused by name."""
-    fields = _Fields(config)
+    fields = Fields(config)
     spec = family_of(config).spec(fields)
     fields.refuse_leftovers(ignored_fields)
     return spec

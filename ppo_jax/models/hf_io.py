@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ppo_jax.errors import UserError
 from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params
-from ppo_jax.models.families import FAMILIES, HEAD, Tensor, family_of, spec_of, tensors_of
+from ppo_jax.models.families import FAMILIES, Tensor, family_of, spec_of, tensors_of, unsupported
 
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"
@@ -56,8 +56,8 @@ def resolve_directory(path_or_id: str) -> Path:
         ) from error
 
 
-def load_config(directory: Path) -> PretrainedConfig:
-    """The directory's `config.json`; models that bring their own code are refused."""
+def load_config(directory: Path, *, ignored_fields: tuple[str, ...] = ()) -> PretrainedConfig:
+    """The directory's `config.json`; models that bring their own code are refused unless `auto_map` is ignored."""
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} is not a Hugging Face model directory: it has no config.json")
@@ -67,9 +67,13 @@ def load_config(directory: Path) -> PretrainedConfig:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("model_type") not in list(FAMILIES):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{file}: model_type {found!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
-    if raw.get("auto_map"):
-        raise UserError(f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory")
+        raise UserError(f"{file}: {unsupported(found)}")
+    if raw.get("auto_map") and "auto_map" not in ignored_fields:
+        raise UserError(
+            f"{file} asks for remote code (auto_map); ppo_jax never runs code from a model directory. If that code "
+            f"computes what transformers' own {raw['model_type']!r} does, as Microsoft's Phi-3 does, name auto_map in "
+            f"model.ignored_config_fields"
+        )
     if raw.get("quantization_config"):
         raise UserError(f"{file} describes a quantised model; PPO needs the full weights (bf16, fp16 or fp32)")
     try:
@@ -88,7 +92,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def open_model(path_or_id: str, *, ignored_config_fields: tuple[str, ...] = ()) -> ModelDirectory:
     """Everything about a model directory or hub id but its weights, which `load_params` reads."""
     path = resolve_directory(path_or_id)
-    config = load_config(path)
+    config = load_config(path, ignored_fields=ignored_config_fields)
     return ModelDirectory(path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path))
 
 
@@ -115,9 +119,9 @@ def load_params(
     params = {}
     for row in rows:
         name = file_name[row.name]
-        parts = _split_tensor(row, _read_tensor(files[name], name), shapes)
+        parts = _split_tensor(row, _read_tensor(files[name], name), shapes, spec.heads)
         params |= {path: place(path, part.astype(dtype)) for path, part in parts}
-    head = HEAD.name
+    head = family_of(config).head
     if spec.tied_head and head in files:
         embedding = next(file_name[row.name] for row in rows if row.params == ("embed",))
         if not np.array_equal(_read_tensor(files[head], head), _read_tensor(files[embedding], embedding)):
@@ -176,7 +180,8 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
 def _check_names(
     directory: Path, expected: set[str], found: set[str], config: PretrainedConfig, spec: DecoderSpec
 ) -> None:
-    ignorable = family_of(config).buffers + (("lm_head.weight",) if spec.tied_head else ())
+    family = family_of(config)
+    ignorable = family.buffers + ((family.head,) if spec.tied_head else ())
     missing = sorted(expected - found)
     unexpected = sorted(name for name in found - expected if not name.endswith(ignorable))
     if missing or unexpected:
@@ -191,16 +196,18 @@ def _listing(names: list[str], most: int = 12) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _split_tensor(row: Tensor, stored: np.ndarray, shapes: dict[str, tuple]) -> Iterable[tuple[str, np.ndarray]]:
-    value = stored.T if row.transpose else stored
+def _split_tensor(
+    row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], heads: int
+) -> Iterable[tuple[str, np.ndarray]]:
     widths = [shapes[path][-1] for path in row.params]
     expected = (*shapes[row.params[0]][:-1], sum(widths))
-    if value.shape != expected or value.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+    expected = expected[::-1] if row.transpose else expected
+    if stored.shape != expected or stored.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
         raise UserError(
             f"tensor {row.name} is {stored.dtype.name}{list(stored.shape)}; config.json asks for floating-point "
-            f"{list(expected[::-1] if row.transpose else expected)}"
+            f"{list(expected)}"
         )
-    return zip(row.params, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True)
+    return zip(row.params, row.split(stored, widths, heads), strict=True)
 
 
 def _by_path(params: Params) -> dict[str, Any]:
@@ -213,8 +220,7 @@ def export_tensors(config: PretrainedConfig, spec: DecoderSpec, params: Params, 
     flat = _by_path(params)
     tensors = {}
     for row in tensors_of(config, spec, set(flat)):
-        joined = np.concatenate([np.asarray(flat[path].astype(dtype)) for path in row.params], axis=-1)
-        tensors[row.name] = np.ascontiguousarray(joined.T if row.transpose else joined)
+        tensors[row.name] = row.join([np.asarray(flat[path].astype(dtype)) for path in row.params], spec.heads)
     return tensors
 
 
@@ -230,6 +236,7 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     _save_shards(partial, export_tensors(model.config, model.spec, params, dtype))
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
+    config.pop("auto_map", None)  # the code it points to stays behind
     config["dtype"] = jnp.dtype(dtype).name
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.tokenizer.save_pretrained(partial)
