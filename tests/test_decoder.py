@@ -227,6 +227,20 @@ def test_bfloat16_parameters_are_computed_in_bfloat16_with_float32_logits(ours):
     assert error.mean() < 0.02 * np.abs(full[mask]).max()
 
 
+@pytest.mark.parametrize("kind", ["rms", "rms_offset", "layer"])
+def test_a_norm_in_bfloat16_rounds_once_at_the_end(kind):
+    generator = np.random.default_rng(0)
+    x, weight, bias = (jnp.asarray(generator.normal(size=shape), jnp.bfloat16) for shape in ((1, 40, 64), 64, 64))
+    params = {"scale": weight} | ({"bias": bias} if kind == "layer" else {})
+    got = np.asarray(decoder.Norm(kind, 1e-5).apply({"params": params}, x), np.float64)
+    wide, gain, shift = (np.asarray(leaf, np.float64) for leaf in (x, weight, bias))
+    wide = wide - wide.mean(-1, keepdims=True) if kind == "layer" else wide
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    exact = normed * (gain + (kind == "rms_offset")) + (shift if kind == "layer" else 0.0)
+    # Half a unit of the last of bfloat16's 8 bits, and what float32 adds to terms that may cancel.
+    assert (np.abs(got - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all()
+
+
 def test_a_tied_head_is_the_embedding_and_no_array_of_its_own(ours):
     spec, params = ours("llama-tied")
     assert spec.tied_head
