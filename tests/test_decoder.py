@@ -114,11 +114,15 @@ def test_logits_and_log_probs_are_those_of_transformers(name, both):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_torch_autograd_for_every_tensor(name, both):
     theirs, mine, _ = both(name)
-    gradients = {name.replace("embed_out.", "lm_head."): leaf for name, leaf in mine.gradients.items()}
-    assert gradients.keys() == theirs.gradients.keys()
-    largest = max(np.abs(leaf).max() for leaf in theirs.gradients.values())
-    for tensor, leaf in theirs.gradients.items():
-        assert np.abs(gradients[tensor] - leaf).max() < 3e-5 * largest, tensor
+    # GPT-NeoX's head has one name in its files and, in some versions of transformers, another in its class.
+    got, expected = (
+        {name.replace("embed_out.", "lm_head."): leaf for name, leaf in side.gradients.items()}
+        for side in (mine, theirs)
+    )
+    assert got.keys() == expected.keys()
+    largest = max(np.abs(leaf).max() for leaf in expected.values())
+    for tensor, leaf in expected.items():
+        assert np.abs(got[tensor] - leaf).max() < 3e-5 * largest, tensor
         assert np.abs(leaf).max() > 1e-3 * largest or "k_proj.bias" in tensor, tensor  # no tensor is inert
 
 
