@@ -29,7 +29,8 @@ import jax  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from ppo_jax import build, plan, sharding  # noqa: E402
-from ppo_jax.config import Config, load  # noqa: E402
+from ppo_jax.config import Config  # noqa: E402
+from ppo_jax.config_file import load  # noqa: E402
 from ppo_jax.models.decoder import abstract_params, parameter_count  # noqa: E402
 from ppo_jax.models.families import spec_of  # noqa: E402
 

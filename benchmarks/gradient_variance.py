@@ -24,7 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from ppo_jax import build, rollout, scoring, update
-from ppo_jax.config import Config, load
+from ppo_jax.config import Config
+from ppo_jax.config_file import load
 from ppo_jax.models import hf_io
 from ppo_jax.ops import advantages, kl, rewards
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms

@@ -34,7 +34,8 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from ppo_jax import build, scoring, update
-from ppo_jax.config import Config, load
+from ppo_jax.config import Config
+from ppo_jax.config_file import load
 from ppo_jax.models.decoder import DecoderSpec, head_logits, init_params, response_hidden
 from ppo_jax.models.families import spec_of
 from ppo_jax.models.hf_io import export_tensors

@@ -36,7 +36,8 @@ def fine_tune(
     """
     # Imported here so that `import ppo_jax.ops` needs nothing but JAX.
     from ppo_jax.build import build
-    from ppo_jax.config import Config, load, load_resumed, parse
+    from ppo_jax.config import Config
+    from ppo_jax.config_file import load, load_resumed, parse
     from ppo_jax.errors import UserError
     from ppo_jax.train import train
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ppo_jax import config as configuration
+from ppo_jax import config_file
+from ppo_jax.config import sections
 from ppo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -37,9 +38,9 @@ def run(arguments: Sequence[str]) -> None:
     if options.resume is not None:
         if options.config is not None:
             raise UserError("--resume takes the configuration of the run; --config cannot be given with it")
-        config = configuration.load_resumed(Path(options.resume), overrides)
+        config = config_file.load_resumed(Path(options.resume), overrides)
     else:
-        config = configuration.load(options.config, overrides)
+        config = config_file.load(options.config, overrides)
     if options.print_config:
         print(config.to_yaml(), end="")
         return
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 def help_text() -> str:
     """Every field with its type, default and meaning."""
     lines = []
-    for name, section in configuration.sections():
+    for name, section in sections():
         lines.append(f"\n{name}:")
         for key, field in section.model_fields.items():
             kind = _type_name(field.annotation)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ppo_jax import checkpoint, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
-from ppo_jax.config import warnings_of
+from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
 from ppo_jax.models.hf_io import save_model
 from ppo_jax.monitor import invariants, metrics, samples

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import jax
 
 from ppo_jax import build, train
-from ppo_jax.config import load, load_resumed
+from ppo_jax.config_file import load, load_resumed
 from ppo_jax.sharding import AXES
 from tests.tiny import PROMPTS
 

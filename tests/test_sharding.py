@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ppo_jax import sharding
-from ppo_jax.config import load
+from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from tests.mesh_runs import MESHES, SETTINGS
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from ppo_jax.config import load
+from ppo_jax.config_file import load
 from ppo_jax.monitor import metrics
 from ppo_jax.records import Rollout, Scored
 from ppo_torch_ref import build, model, ops, rollout, train, update

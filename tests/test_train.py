@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo_jax
 from ppo_jax import build, checkpoint, train
-from ppo_jax.config import load
+from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.tracing import compilations
 from tests.tiny import PROMPTS, make_model

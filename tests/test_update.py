@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ppo_jax import update
-from ppo_jax.config import UpdateConfig, load
+from ppo_jax.config import UpdateConfig
+from ppo_jax.config_file import load
 from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import head_logits, response_hidden
 from ppo_jax.ops import losses

@@ -1,0 +1,215 @@
+"""From YAML and dotted overrides to a `Config`: every problem reported at once, and what is probably not meant."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ppo_jax.config import Config, known_keys
+from ppo_jax.errors import UserError
+
+
+def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Config from a YAML file (or the defaults) and dotted overrides such as {"update.epochs": 4}.
+
+    Raises UserError with every problem at once: unknown keys with the nearest known name, types, ranges, and what does
+    not fit together.
+    """
+    values, where = {}, "overrides" if overrides else "defaults"
+    if file is not None:
+        values, where = _read_yaml(Path(file)), f"{file}{' and overrides' if overrides else ''}"
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if not key:
+            values[section] = value
+        elif isinstance(values.setdefault(section, {}), dict):  # else the file's section is reported as it is
+            values[section][key] = value
+    return parse(values, where=where)
+
+
+def parse(values: dict[str, Any], *, where: str) -> Config:
+    """Validated config of nested dictionaries; `where` is named in the error."""
+    problems, bad_keys = [], set()
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        for entry in error.errors():
+            location = tuple(str(part) for part in entry["loc"][:2])
+            bad_keys.add(".".join(location))
+            problems.append(_describe(dict(entry)))
+        config = Config.model_validate(_without(values, bad_keys))
+    problems += [
+        text
+        for keys, text in _misfits(config)
+        if not bad_keys.intersection(keys) and not bad_keys.intersection(key.partition(".")[0] for key in keys)
+    ]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{count} in the configuration [{where}]:\n" + "\n".join(f"  {text}" for text in problems))
+    return config
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader, but a key given twice is an error; YAML loaders silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"--config: {file} (resolved: {file.absolute()}) is not a file")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"--config: {file} (resolved: {file.absolute()}) cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold sections of keys, got {type(values).__name__}")
+    # An empty section ("update:" with nothing under it) is the defaults.
+    return {str(section): {} if content is None else content for section, content in values.items()}
+
+
+def _without(values: dict[str, Any], bad_keys: set[str]) -> dict[str, Any]:
+    return {
+        section: {key: value for key, value in content.items() if f"{section}.{key}" not in bad_keys}
+        for section, content in values.items()
+        if section not in bad_keys and isinstance(content, dict)
+    }
+
+
+def _describe(entry: dict[str, Any]) -> str:
+    dotted = ".".join(str(part) for part in entry["loc"][:2])
+    if entry["type"] == "extra_forbidden":
+        # By the last part alone: the name of its section would make every key in it look near.
+        section, _, name = dotted.rpartition(".")
+        known = {key.rpartition(".")[2]: key for key, _ in known_keys()}
+        own = {key.rpartition(".")[2]: key for key, _ in known_keys() if key.startswith(f"{section}.")}
+        if not section:
+            known |= {name: name for name in Config.model_fields}
+        near = [
+            candidates[match]
+            for candidates in (own, known)
+            for match in difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+        ]
+        return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists the known ones")
+    return f"{dotted}: {entry['msg'][0].lower()}{entry['msg'][1:]}, got {entry['input']!r}"
+
+
+def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong between fields: (the keys involved, the message)."""
+    rollout, update = config.rollout, config.update
+    for (big_key, big), (small_key, small) in (
+        (
+            ("rollout.batch_size", rollout.batch_size),
+            ("rollout.answers_per_prompt", rollout.answers_per_prompt),
+        ),
+        (("rollout.batch_size", rollout.batch_size), ("update.minibatch_size", update.minibatch_size)),
+        (
+            ("update.minibatch_size", update.minibatch_size),
+            ("update.micro_batch_size", config.micro_batch_size),
+        ),
+    ):
+        if big % small:
+            lower, upper = big // small * small, -(-big // small) * small
+            nearest = f"nearest are {lower} and {upper}" if lower else f"the nearest is {upper}"
+            yield (
+                (big_key, small_key),
+                f"{big_key} ({big}) must be divisible by {small_key} ({small}); {nearest}",
+            )
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        yield (
+            ("rollout.min_new_tokens", "rollout.max_new_tokens"),
+            f"rollout.min_new_tokens ({rollout.min_new_tokens}) must be at most rollout.max_new_tokens "
+            f"({rollout.max_new_tokens})",
+        )
+    if config.kl.form == "exact" and config.advantage.estimator != "leave_one_out_to_go":
+        yield (
+            ("kl.form", "advantage.estimator"),
+            f"advantage.estimator ({config.advantage.estimator}) must be leave_one_out_to_go with kl.form exact: the "
+            f"KL in the loss is neither shrunk by a batch mean nor divided by a standard deviation",
+        )
+    if rollout.batch_size == 1:
+        yield (
+            ("rollout.batch_size",),
+            "rollout.batch_size (1): the baseline is the mean of the batch, so a single answer has advantage 0",
+        )
+    steps = config.run.iterations * config.optimizer_steps_per_iteration
+    if update.warmup_steps >= steps > 0:
+        yield (
+            (
+                "update.warmup_steps",
+                "run.iterations",
+                "update.epochs",
+                "update.minibatch_size",
+                "rollout.batch_size",
+            ),
+            f"update.warmup_steps ({update.warmup_steps}) must be below the run's {steps} optimizer steps",
+        )
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What is allowed and probably not meant."""
+    found = []
+    if config.update.epochs > 4:
+        found.append(f"update.epochs is {config.update.epochs}; more than 4 passes over one batch is aggressive")
+    if config.update.max_grad_norm is None:
+        found.append("update.max_grad_norm is null: gradients are not clipped")
+    if config.update.clip_eps >= 1:
+        found.append(f"update.clip_eps is {config.update.clip_eps}: the policy ratio is practically not clipped")
+    if not 0.5 <= config.rollout.temperature <= 1.5:
+        found.append(
+            f"rollout.temperature is {config.rollout.temperature}: low ones stop exploration, high ones raise the "
+            f"variance of the reward; 1.0 is the safe start"
+        )
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        found.append(
+            "top-p or top-k sampling is on: log-probs describe the full distribution, so the gradient is slightly "
+            "biased; watch rollout/kept_mass"
+        )
+    if config.kl.coef == 0:
+        found.append("kl.coef is 0: nothing holds the policy near the reference; set run.max_seq_kl_nats at least")
+    return found
+
+
+# What may differ between a run and its continuation without changing what was computed so far.
+RESUMABLE = (
+    "run.iterations",
+    "run.max_wall_clock_s",
+    "run.max_seq_kl_nats",
+    "monitor.sample_every",
+    "monitor.tensorboard",
+    "monitor.wandb_project",
+    "checkpoint.",
+    "mesh.",
+    "update.micro_batch_size",
+)
+
+
+def load_resumed(directory: Path, overrides: dict[str, Any]) -> Config:
+    """The configuration of a run directory, with overrides that do not alter the meaning of what it holds."""
+    refused = [key for key in overrides if not key.startswith(RESUMABLE)]
+    if refused:
+        raise UserError(
+            f"--resume: {', '.join(refused)} would change what {directory} computes; only "
+            f"{', '.join(key + ('*' if key.endswith('.') else '') for key in RESUMABLE)} may change"
+        )
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"--resume: {directory} (resolved: {directory.absolute()}) is not a run directory")
+    config = load(directory / "config.yaml", {"run.dir": str(directory)} | overrides)
+    if config.update.schedule != "constant" and "run.iterations" in overrides:
+        raise UserError(
+            f"--resume: run.iterations cannot change, the {config.update.schedule} schedule of {directory} ends there"
+        )
+    return config
