@@ -14,8 +14,10 @@ measure() {
     shift
     nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=200 > "$out/$name.memory" &
     watcher=$!
+    trap "kill $watcher" EXIT
     "$python" -m ppo_jax.train --run.dir "$out/$name" --model.compute_dtype bfloat16 "$@"
     kill "$watcher"
+    trap - EXIT
     echo "$name: peak memory of a GPU $(sort -n "$out/$name.memory" | tail -1) MiB" | tee -a "$out/memory.txt"
 }
 

@@ -97,7 +97,13 @@ def answers_of(config: Config, run: Any, params: Any, step: int) -> tuple[Rollou
         sampling=build.make_sampling(config),
         compute_dtype="float32",
     )
-    return answers, prompts.texts, build.tokenizer_texts(run["model"].tokenizer, answers)
+    return (
+        answers,
+        prompts.texts,
+        build.tokenizer_texts(
+            run["model"].tokenizer, np.asarray(answers.response_tokens), np.asarray(answers.response_mask)
+        ),
+    )
 
 
 def estimators(

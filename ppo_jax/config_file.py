@@ -143,7 +143,7 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if rollout.batch_size == 1:
         yield (
             ("rollout.batch_size",),
-            "rollout.batch_size (1): the baseline is the mean of the batch, so a single answer has advantage 0",
+            "rollout.batch_size (1): the baseline is made of the batch, so a single answer has advantage 0",
         )
     steps = config.run.iterations * config.optimizer_steps_per_iteration
     if update.warmup_steps >= steps > 0:
@@ -177,6 +177,11 @@ def warnings_of(config: Config) -> list[str]:
         found.append(
             "top-p or top-k sampling is on: log-probs describe the full distribution, so the gradient is slightly "
             "biased; watch rollout/kept_mass"
+        )
+    if config.update.normaliser != "constant":
+        found.append(
+            f"update.normaliser is {config.update.normaliser}: answers weigh by their length, so the gradient is not "
+            f"that of the expected reward"
         )
     if config.kl.coef == 0:
         found.append("kl.coef is 0: nothing holds the policy near the reference; set run.max_seq_kl_nats at least")

@@ -14,6 +14,7 @@ from ppo_jax import build, rollout, scoring, sharding, update
 from ppo_jax.config import Config
 from ppo_jax.models.decoder import Params, abstract_params, parameter_count
 from ppo_jax.models.hf_io import ModelDirectory
+from ppo_jax.processes import is_lead
 from ppo_jax.prompts import load_prompts
 from ppo_jax.records import Experience, Rollout
 
@@ -32,7 +33,7 @@ def print_plan(config: Config, *, resume: bool) -> None:
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     longest = prompts.batch(0, len(prompts.texts)).tokens.shape[1]
     params = abstract_params(model.spec)
-    console = Console()
+    console = Console(quiet=not is_lead())
     console.print(
         f"{model.path}: {parameter_count(params) / 1e6:.1f} M parameters, {len(prompts.texts)} prompts of up to "
         f"{longest} tokens (padded). An iteration: {batch} answers of up to {length} tokens, "
@@ -41,7 +42,7 @@ def print_plan(config: Config, *, resume: bool) -> None:
     )
     compiled = compile_stages(config, model, mesh, prompt_length=longest)
     console.print(_memory_table(config, model, mesh, compiled))
-    console.print(_time_table(config, params, prompt_length=longest))
+    console.print(_time_table(config, params, mesh, prompt_length=longest))
 
 
 def compile_stages(
@@ -134,6 +135,10 @@ def _memory_table(config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh
         "two moments of AdamW, float32": 2 * device_bytes(mesh, params),
         f"reference, {config.model.compute_dtype}": device_bytes(mesh, reference),
     }
+    if config.kl.form == "exact":
+        shape = (config.rollout.batch_size, config.rollout.max_new_tokens, model.spec.width)
+        rows = math.prod(sharding.rows(mesh, shape).shard_shape(shape))
+        held["reference's last hidden states"] = rows * jnp.dtype(config.model.compute_dtype).itemsize
     temporary = {f"while in {name}": stage.memory_analysis().temp_size_in_bytes for name, stage in compiled.items()}
     for what, size in (held | temporary).items():
         table.add_row(what, f"{size / GIGABYTE:.3f}")
@@ -141,19 +146,23 @@ def _memory_table(config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh
     return table
 
 
-def _time_table(config: Config, params: Params, *, prompt_length: int) -> Table:
-    """Two floating-point operations per parameter and token, at the rate and bandwidth measured here and now."""
+def _time_table(config: Config, params: Params, mesh: jax.sharding.Mesh, *, prompt_length: int) -> Table:
+    """Two floating-point operations per parameter and token, at the rate and bandwidth of one device, measured now."""
     rate, bandwidth = _matmul_rate(config.model.compute_dtype), _copy_bandwidth()
     count, batch, new = parameter_count(params), config.rollout.batch_size, config.rollout.max_new_tokens
     tokens = batch * (prompt_length + new)
     weights = count * jnp.dtype(config.model.compute_dtype).itemsize
+    per_token = 2 * count / (rate * mesh.size)
+    reading = weights / (bandwidth * mesh.shape["fsdp"] * mesh.shape["tensor"])  # every token needs all weights
     seconds = {
-        "rollout": 2 * count * batch * prompt_length / rate + new * max(weights / bandwidth, 2 * count * batch / rate),
-        "score": 2 * 2 * count * tokens / rate,
-        "update": 6 * count * tokens * config.update.epochs * (4 / 3 if config.update.remat else 1) / rate,
+        "rollout": per_token * batch * prompt_length + new * max(reading, per_token * batch),
+        "score": 2 * per_token * tokens,
+        "update": 3 * per_token * tokens * config.update.epochs * (4 / 3 if config.update.remat else 1),
     }
     table = Table(
-        title=f"Time, a lower bound at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.0f} GB/s", title_justify="left"
+        title=f"Time, a lower bound at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.0f} GB/s for each device, "
+        f"{mesh.size} in all",
+        title_justify="left",
     )
     table.add_column("phase")
     table.add_column("s per iteration", justify="right")

@@ -41,7 +41,7 @@ def join() -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"--distributed: {str(error).splitlines()[0]} Outside of Slurm and Open MPI every process needs "
+            f"--distributed: {' '.join(str(error).split())} Outside of Slurm and Open MPI every process needs "
             f"JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
 

@@ -9,6 +9,7 @@ nothing, so that every stage also runs on plain arrays.
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -46,6 +47,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh.data ({data}) x {told} is {used}, but there are {len(devices)} devices in {jax.process_count()} "
             f"process(es)"
         )
+    if local * jax.process_count() != len(devices):
+        raise UserError(
+            f"every process must have as many devices; this one has {local} of {len(devices)} in "
+            f"{jax.process_count()} processes"
+        )
     if local % config.tensor:
         raise UserError(
             f"mesh.tensor ({config.tensor}) must divide the {local} devices of a process: a row of the batch belongs "
@@ -54,6 +60,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return Mesh(
         np.asarray(devices[:used]).reshape(data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3
     )
+
+
+def no_mesh() -> AbstractContextManager[Any]:
+    """A user's code runs as if there were no mesh: what it computes with JAX stays on its own device and process."""
+    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 def check_batch(config: Config, mesh_shape: Mapping[str, int]) -> None:
@@ -67,9 +78,11 @@ def check_batch(config: Config, mesh_shape: Mapping[str, int]) -> None:
         ("rollout.batch_size / rollout.answers_per_prompt", prompts),
     ):
         if value % shards:
+            lower, upper = value // shards * shards, -(-value // shards) * shards
+            nearest = f"nearest are {lower} and {upper}" if lower else f"the nearest is {upper}"
             raise UserError(
                 f"{name} ({value}) must be divisible by mesh.data ({mesh_shape['data']}) x mesh.fsdp "
-                f"({mesh_shape['fsdp']}), which is {shards}"
+                f"({mesh_shape['fsdp']}), which is {shards}; {nearest}, or set mesh.data to use fewer devices"
             )
 
 

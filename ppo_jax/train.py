@@ -12,6 +12,8 @@ that name: `rollout`, `rewards`, `scoring`, `ops`, `update`; which functions the
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,8 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
     # 2. A reward source scores each answer.
     with clock.phase("reward"), together("the reward"):
         questions = [text for text in prompts.texts for _ in range(config.rollout.answers_per_prompt)]
-        scores = score_answers(run.reward, questions, texts)
+        with sharding.no_mesh():
+            scores = score_answers(run.reward, questions, texts)
     seq_scores = sharding.place_rows(run.mesh, scores)  # [B]
 
     # 3. The KL between the policy and the frozen reference, exact and sampled, over response tokens only.
@@ -152,16 +155,12 @@ def train(run: Run, state: TrainState) -> RunResult:
         log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
         reference_digest = invariants.digest(run.ref_params)
         for step in range(first_step, config.run.iterations):
-            if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
-                answer_fixed_prompts(run, state)
-            clock.restart()
-            try:
-                state, numbers = ppo_iteration(run, state, clock)
-            except BaseException as error:
-                # Saving takes all processes, and only what a user can mend is known to have ended all of them.
-                if isinstance(error, UserError) or jax.process_count() == 1:
-                    save_what_is_earned(run, state)
-                raise
+            with save_on_failure(run, state):
+                if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
+                    answer_fixed_prompts(run, state)
+                clock.restart()
+                next_state, numbers = ppo_iteration(run, state, clock)
+            state = next_state
             invariants.assert_unmoved(run.ref_params, reference_digest)
             writer.write(step, numbers)
             view.iteration(step, numbers)
@@ -172,7 +171,8 @@ def train(run: Run, state: TrainState) -> RunResult:
             if reason := limit_reached(run, numbers, clock):
                 stop_reason = reason
                 break
-        answer_fixed_prompts(run, state)
+        with save_on_failure(run, state):
+            answer_fixed_prompts(run, state)
         log.info("stopped: %s; compilations: %s", stop_reason, dict(compilations))
     if config.checkpoint.save_every:
         checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
@@ -203,12 +203,19 @@ def stop_if_not_finite(run: Run, state: TrainState, numbers: dict[str, Any]) -> 
         )
 
 
-def save_what_is_earned(run: Run, state: TrainState) -> None:
-    """Checkpoint the last finished iteration when the next one fails, unless its buffers are already given up."""
-    given_up = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    if int(state.step) > 0 and not given_up:
-        saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
-        log.warning("the last finished iteration is saved in %s; --resume %s continues", saved, run.directory)
+@contextmanager
+def save_on_failure(run: Run, state: TrainState) -> Iterator[None]:
+    """Checkpoint the last finished iteration when what follows fails, unless its buffers are already given up."""
+    try:
+        yield
+    except BaseException as error:
+        given_up = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        # Saving takes all processes, and only what a user can mend is known to have ended all of them.
+        all_ended = isinstance(error, UserError) or jax.process_count() == 1
+        if all_ended and not given_up and int(state.step) > 0:
+            saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
+            log.warning("the last finished iteration is saved in %s; --resume %s continues", saved, run.directory)
+        raise
 
 
 def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str | None:
@@ -236,7 +243,9 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
 
     def score_and_write() -> None:
         texts = tokenizer_texts(run.model.tokenizer, tokens, mask)
-        samples.append(run.directory, step, prompts.texts, texts, score_answers(run.reward, prompts.texts, texts))
+        with sharding.no_mesh():
+            scores = score_answers(run.reward, prompts.texts, texts)
+        samples.append(run.directory, step, prompts.texts, texts, scores)
 
     from_lead(score_and_write)
 

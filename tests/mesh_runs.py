@@ -16,6 +16,8 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ppo_jax import build, train
 from ppo_jax.config_file import load, load_resumed
@@ -42,7 +44,11 @@ MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 
 
 
 def vowel_share(prompts: list[str], answers: list[str]) -> list[float]:
-    return [sum(letter in "aeiou" for letter in answer) / max(len(answer), 1) for answer in answers]
+    """Computed on a device of its own, as a reward model would be: a reward knows nothing of the run's mesh."""
+    vowels = [sum(letter in "aeiou" for letter in answer) for answer in answers]
+    lengths = [max(len(answer), 1) for answer in answers]
+    counted, out_of = jax.device_put((np.float32(vowels), np.float32(lengths)), jax.local_devices()[-1])
+    return jnp.divide(counted, out_of).tolist()
 
 
 def on(*sizes: int) -> dict[str, int]:

@@ -279,6 +279,7 @@ def test_fields_that_do_not_fit_together_are_refused_with_both_numbers_and_both_
         ({"rollout.top_p": 0.9}, "rollout/kept_mass"),
         ({"rollout.top_k": 5}, "rollout/kept_mass"),
         ({"kl.coef": 0}, "kl.coef is 0"),
+        ({"update.normaliser": "token_mean"}, "answers weigh by their length"),
         ({"update.clip_eps": 1.0}, "update.clip_eps is 1.0"),
     ],
 )

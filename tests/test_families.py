@@ -92,6 +92,19 @@ def test_fields_that_change_no_logit_are_accepted():
     assert spec_of(gpt2(attn_pdrop=0.3, resid_pdrop=0.0, reorder_and_upcast_attn=True)) == spec_of(gpt2())
 
 
+def test_what_older_code_left_in_published_starcoder2_files_is_understood():
+    leftovers = {
+        "rms_norm_eps": 1e-6,
+        "layer_norm_epsilon": 1e-6,
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+        "scale_attn_weights": True,
+    }
+    assert spec_of(hf_config("starcoder2", **leftovers)) == spec_of(hf_config("starcoder2"))
+    with pytest.raises(UserError, match="scale_attn_weights=False"):
+        spec_of(hf_config("starcoder2", scale_attn_weights=False))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_in_exactly_one_tensor(name):
     import jax

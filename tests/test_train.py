@@ -168,18 +168,23 @@ def test_a_resumed_run_keeps_its_reward_its_reference_and_its_schedule(tiny_mode
         run(model, None, resume=directory)
 
 
-def test_what_is_earned_is_saved_when_a_later_reward_fails(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("failing_call", "sample_every", "saved"),
+    [(3, 0, 2), (4, 2, 2), (7, 2, 4)],
+    ids=["in an iteration", "on the fixed prompts", "on the fixed prompts after the last iteration"],
+)
+def test_what_is_earned_is_saved_when_a_later_reward_fails(tiny_model, tmp_path, failing_call, sample_every, saved):
     calls = []
 
     def fails_later(prompts, answers):
         calls.append(len(answers))
-        if len(calls) == 3:
+        if len(calls) == failing_call:
             raise TimeoutError("the service is gone")
         return vowel_share(prompts, answers)
 
     with pytest.raises(UserError, match="the service is gone"):
-        run(tiny_model, tmp_path / "run", reward=fails_later, monitor__sample_every=0)
-    assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [2]
+        run(tiny_model, tmp_path / "run", reward=fails_later, monitor__sample_every=sample_every)
+    assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [saved]
 
 
 def test_the_kl_budget_and_the_time_limit_end_a_run_cleanly(tiny_model, tmp_path):

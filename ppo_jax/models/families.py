@@ -216,6 +216,10 @@ def _gpt_neox(fields: Fields) -> DecoderSpec:
 def _starcoder2(fields: Fields) -> DecoderSpec:
     fields.only("norm_type", "layer_norm")
     fields.only("mlp_type", "default")
+    fields.only("scale_attn_weights", True)
+    # Published files carry these from older code; softmax is in float32 here anyway.
+    fields.derived("rms_norm_eps", "layer_norm_epsilon")
+    fields.derived("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     bias = fields["use_bias"]
     return _rotary_decoder(
         fields,

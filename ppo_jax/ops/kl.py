@@ -2,8 +2,8 @@
 
 `exact_token_kl` is the whole expectation over the vocabulary; `k1`, `k2`, `k3` estimate it from the sampled token
 (Schulman, "Approximating KL divergence", 2020). What each one's *gradient* is worth is another matter: see
-docs/mathematics.md. In particular an exact KL must not be subtracted from the reward, and k1 must not be put in the
-loss.
+docs/mathematics.md. In particular an exact KL in the reward alone, or in the loss alone, is biased, and k1 in the loss
+has no gradient in expectation.
 """
 
 import jax.numpy as jnp
