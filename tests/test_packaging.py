@@ -15,7 +15,10 @@ def test_a_wheel_opens_the_embedded_model_from_its_own_files(tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--wheel", "-o", tmp_path, ROOT], check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
-    code = "from ppo_jax import build, config; m = build.open_model(config.load()); print(m.path, m.spec.vocab_size)"
+    code = (
+        "from ppo_jax import build, config_file; m = build.open_model(config_file.load()); "
+        "print(m.path, m.spec.vocab_size)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
