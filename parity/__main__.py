@@ -59,22 +59,39 @@ def rows_of_all_dtypes(words: list[str]) -> list[dict[str, Any]]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """One line per comparison, that of the model on which it came closest to its bound or failed first."""
-    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault((row["dtype"], row["level"], row["compared"]), []).append(row)
-    table = Table(title="JAX against PyTorch: largest absolute difference over unmasked elements")
-    for column in ("dtype", "level", "compared", "worst model", "worst tensor", "error", "bound", "verdict"):
-        table.add_column(column, justify="right" if column in ("error", "bound") else "left")
-    for key, group in lines.items():
-        failed = [row for row in group if row["diverged"] is not None]
-        worst = failed[0] if failed else max(group, key=lambda row: row["error"] / (row["bound"] or 1.0))
-        table.add_row(
-            *map(escape, (*key, worst["case"], worst["worst"])),
-            *(f"{worst[number]:.1e}" for number in ("error", "bound")),
-            f"[bold red]FAIL[/] from {escape(failed[0]['diverged'])}" if failed else "[green]ok[/]",
-        )
+    """One line per comparison: of each dtype the model that came closest to its bound, or failed first."""
+    lines: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["level"][1:])):
+        lines.setdefault((row["level"], row["compared"]), {}).setdefault(row["dtype"], []).append(row)
+    table = Table(title="JAX against PyTorch: largest absolute difference over unmasked elements, and its bound")
+    for column in (
+        "level",
+        "compared",
+        "models",
+        *(word for d in DTYPES for word in (d, "bound")),
+        "closest",
+        "verdict",
+    ):
+        table.add_column(column, justify="right" if column in ("models", "bound", *DTYPES) else "left")
+    for (level, compared), by_dtype in lines.items():
+        worst = {dtype: worst_of(group) for dtype, group in by_dtype.items()}
+        numbers = [f"{worst[d][key]:.1e}" if d in worst else "" for d in DTYPES for key in ("error", "bound")]
+        failed = [row for row in worst.values() if row["diverged"] is not None]
+        closest = failed[0] if failed else max(worst.values(), key=closeness)
+        models = max(len(group) for group in by_dtype.values())
+        verdict = f"[bold red]FAIL[/] from {escape(failed[0]['diverged'])}" if failed else "[green]ok[/]"
+        where = f"{closest['case']}: {closest['worst']}"
+        table.add_row(level, escape(compared), str(models), *numbers, escape(where), verdict)
     return table
+
+
+def worst_of(group: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first row that failed, or the one closest to its bound."""
+    return next((row for row in group if row["diverged"] is not None), max(group, key=closeness))
+
+
+def closeness(row: dict[str, Any]) -> float:
+    return row["error"] / (row["bound"] or 1.0)
 
 
 def main() -> int:

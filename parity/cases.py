@@ -149,9 +149,9 @@ class Answers:
     response_mask: np.ndarray  # bool [B, T]
 
 
-def ragged_answers(vocab_size: int, *, batch: int = 6, prompt: int = 5, response: int = 7) -> Answers:
+def ragged_answers(vocab_size: int, *, batch: int = 6, prompt: int = 5, response: int = 7, seed: int = 0) -> Answers:
     """Answers of every length: a truncated one, one of a single token, and an empty row (padding of a bucket)."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     prompt_lengths = np.append([prompt, 1], rng.integers(1, prompt + 1, batch - 2))
     response_lengths = np.concatenate([[response, 1], rng.integers(2, response, batch - 3), [0]])
     return Answers(

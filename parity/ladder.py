@@ -4,51 +4,60 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from parity import levels, operations
+from parity import forward, generation, loops, operations, training, trajectory
 from parity.cases import random_configs, random_model, with_reference
 from parity.rows import Row
 from parity.stacks import Pair
 
-MODEL_LEVELS: dict[str, Callable[[Pair], Iterator[Row]]] = {
-    "L0": levels.weights,
-    "L3": levels.logits,
-    "L4": levels.log_probs,
-    "L5": levels.divergences,
-    "L7": levels.loss,
-    "L8": levels.gradient,
-    "L9": levels.optimizer,
-}
+# On shared inputs, without a model.
 SHARED_LEVELS: dict[str, Callable[[str], Iterator[Row]]] = {
     "L4": operations.log_probs,
     "L5": operations.divergences,
     "L6": operations.advantage,
     "L7": operations.loss,
+    "L11": loops.whole_runs,
 }
+MODEL_LEVELS: dict[str, Callable[[Pair], Iterator[Row]]] = {
+    "L0": forward.weights,
+    "L2": forward.activations,
+    "L3": forward.logits,
+    "L4": forward.log_probs,
+    "L5": forward.divergences,
+    "L7": training.loss,
+    "L8": training.gradient,
+    "L9": training.optimizer,
+    "L10": trajectory.iterations,
+    "L11": generation.same_tokens,
+    "L12": generation.ratio_is_one,
+}
+LEVELS = sorted(SHARED_LEVELS | MODEL_LEVELS, key=lambda level: int(level[1:]))
+# What an optimizer makes of a gradient does not depend on the family: these run on few of the random models.
+ON_FEW = {"L9": training.EVERY_CASE_ON, "L10": training.EVERY_CASE_ON}
+# On a checkpoint of the user.
+OF_CHECKPOINT = ("L0", "L2", "L3", "L4", "L5", "L8", "L9", "L12")
 
 
 def climb(
     dtype: str, *, levels: Sequence[str] | None = None, cases: Sequence[str] | None = None, model: Path | None = None
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows of the asked-for levels, bottom up: a bug shows first where it sits."""
-    known, models = sorted(MODEL_LEVELS | SHARED_LEVELS), list(random_configs())
-    asked = known if levels is None else sorted(levels)
-    names = models if cases is None else list(cases)
+    known = LEVELS if model is None else OF_CHECKPOINT
+    models = list(random_configs())
+    asked, names = known if levels is None else levels, models if cases is None else cases
     if unknown := (set(asked) - set(known)) | (set(names) - set(models)):
         raise SystemExit(
-            f"unknown: {', '.join(sorted(unknown))}; levels are {', '.join(known)}, cases {', '.join(models)}"
+            f"unknown: {', '.join(sorted(unknown))}; levels {'' if model is None else 'of a checkpoint '}are "
+            f"{', '.join(known)}, cases {', '.join(models)}"
         )
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        found = (
-            [random_model(name, root) for name in names]
-            if model is None
-            else [with_reference(model, root, is_real=True)]
-        )
-        pairs = [Pair(case, dtype) for case in found]
-        rows: list[Row] = []
-        for level in asked:
-            if level in SHARED_LEVELS:
-                rows += SHARED_LEVELS[level](dtype)
-            if level in MODEL_LEVELS:
-                rows += [row for pair in pairs for row in MODEL_LEVELS[level](pair)]
-    return rows
+        if model is None:
+            pairs = [Pair(random_model(name, root), dtype) for name in names]
+        else:
+            pairs = [Pair(with_reference(model, root, is_real=True), dtype)]
+        for level in [level for level in known if level in asked]:
+            if level in SHARED_LEVELS and model is None:
+                yield from SHARED_LEVELS[level](dtype)
+            for pair in pairs if level in MODEL_LEVELS else ():
+                if pair.case.is_real or pair.case.name in ON_FEW.get(level, [pair.case.name]):
+                    yield from MODEL_LEVELS[level](pair)

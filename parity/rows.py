@@ -1,15 +1,20 @@
 """What a comparison is: the largest absolute difference, elementwise over unmasked elements, against a bound."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from parity.stacks import Pair
 
 Named = dict[str, np.ndarray]
 
 BOUNDS = {
     "L0": {"float64": 0.0, "float32": 0.0},
+    "L1": {"float64": 1e-13, "float32": 5e-6},
+    "L2": {"float64": 1e-12, "float32": 1e-5},
     "L3": {"float64": 1e-11, "float32": 2e-5},
     "L4": {"float64": 1e-11, "float32": 2e-5},
     "L5": {"float64": 1e-12, "float32": 1e-5},
@@ -17,6 +22,9 @@ BOUNDS = {
     "L7": {"float64": 1e-12, "float32": 2e-6},
     "L8": {"float64": 1e-11, "float32": 1e-5},
     "L9": {"float64": 1e-12, "float32": 1e-5},
+    "L10": {"float64": 1e-9, "float32": 1e-5},
+    "L11": {"float64": 1e-9, "float32": 1e-4},
+    "L12": {"float64": 1e-12, "float32": 2e-5},
 }
 
 # float32 on a real checkpoint: 10 x the floor of a correct build, measured on SmolLM2-135M-Instruct (30 layers), where
@@ -88,3 +96,19 @@ def numpy_of(x: Any) -> np.ndarray:
 
 def named(tensors: dict[str, Any]) -> Named:
     return {name: numpy_of(x) for name, x in tensors.items()}
+
+
+def row_of(
+    pair: "Pair",
+    level: str,
+    compared: str,
+    ours: Named,
+    theirs: Named,
+    *,
+    scale: float = 1.0,
+    bound: float | None = None,
+) -> Row:
+    """Row of a model; its bound is `scale` times that of the level, unless given."""
+    if bound is None:
+        bound = scale * bound_of(level, pair.dtype, is_real=pair.case.is_real)
+    return compare(level, pair.dtype, pair.case.name, compared, ours, theirs, bound=bound)

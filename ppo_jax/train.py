@@ -69,7 +69,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         questions = [text for text in prompts.texts for _ in range(config.rollout.answers_per_prompt)]
         with sharding.no_mesh():
             scores = score_answers(run.reward, questions, texts)
-    seq_scores = sharding.place_rows(run.mesh, scores)  # [B]
+    seq_scores = sharding.place_rows(run.mesh, scores.astype(answers.behaviour_logprobs.dtype))  # [B]
 
     # 3. The KL between the policy and the frozen reference, exact and sampled, over response tokens only.
     with clock.phase("score"):
@@ -91,7 +91,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         advantages = run.advantages(token_rewards, answers.response_mask)  # [B, T]
 
         observed = metrics.to_host(
-            metrics.experience_metrics(answers, scored, seq_scores, jnp.asarray(config.kl.coef, jnp.float32))
+            metrics.experience_metrics(answers, scored, seq_scores, jnp.asarray(config.kl.coef, seq_scores.dtype))
         )
     if step == 0:
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)

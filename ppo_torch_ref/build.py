@@ -29,6 +29,26 @@ from ppo_torch_ref.update import AdamW, Objective, learning_rate
 VADER = "ppo_jax.rewards.sentiment:vader_compound"
 
 
+# What a draw is for; distinct purposes never share noise.
+ROLLOUT, SHUFFLE = 0, 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Every draw of a run, a function of (seed, step, purpose); a subclass may draw what `ppo_jax` draws."""
+
+    seed: int
+
+    def uniforms(self, step: int, answers: int, length: int) -> Tensor:
+        """[answers, length] in [0, 1), float64: one for every token that may be sampled."""
+        return torch.from_numpy(np.random.default_rng([self.seed, step, ROLLOUT]).random((answers, length)))
+
+    def orders(self, step: int, epochs: int, answers: int) -> list[Tensor]:
+        """The order of the answers in every epoch of the update."""
+        rng = np.random.default_rng([self.seed, step, SHUFFLE])
+        return [torch.from_numpy(rng.permutation(answers)) for _ in range(epochs)]
+
+
 @dataclass
 class Parts:
     """Everything a run needs; the reference is a frozen copy of the policy as it was loaded."""
@@ -38,6 +58,7 @@ class Parts:
     reference: nn.Module
     reward: Callable[[list[str], list[str]], list[float]]
     prompts: "Prompts"
+    noise: Noise
     sampling: Sampling
     objective: Objective
     optimizer: AdamW
@@ -98,6 +119,7 @@ def build(config: SimpleNamespace, *, dtype: torch.dtype, device: str, hf: bool)
         reference=reference,
         reward=reward_function(config.reward.function),
         prompts=load_prompts(config, tokenizer),
+        noise=Noise(config.run.seed),
         sampling=Sampling(
             max_new_tokens=sampling.max_new_tokens,
             min_new_tokens=sampling.min_new_tokens,

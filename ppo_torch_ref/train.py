@@ -20,9 +20,6 @@ from ppo_torch_ref.rollout import TRUNCATED, Rollout, generate
 from ppo_torch_ref.scoring import Scored, score
 from ppo_torch_ref.update import Experience, Stats, summarise, update
 
-# What a draw is for; distinct purposes never share noise.
-ROLLOUT, SHUFFLE = 0, 1
-
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 
@@ -35,10 +32,8 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
     # 1. The current policy answers the prompts.
     texts, *prompts = parts.prompts.batch(step, batch_size // repeats)
     prompt_tokens, prompt_mask = (x.repeat_interleave(repeats, dim=0).to(device) for x in prompts)
-    noise = np.random.default_rng([config.run.seed, step, ROLLOUT]).random((batch_size, parts.sampling.max_new_tokens))
-    rollout = generate(
-        parts.model, prompt_tokens, prompt_mask, torch.from_numpy(noise).to(device), sampling=parts.sampling
-    )
+    uniforms = parts.noise.uniforms(step, batch_size, parts.sampling.max_new_tokens).to(device)
+    rollout = generate(parts.model, prompt_tokens, prompt_mask, uniforms, sampling=parts.sampling)
     clock.append(time.perf_counter())
 
     # 2. A reward source scores each answer.
@@ -82,9 +77,8 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
         experience,
         config.kl.coef,
         objective=parts.objective,
-        epochs=config.update.epochs,
+        orders=parts.noise.orders(step, config.update.epochs, batch_size),
         minibatch_size=config.update.minibatch_size,
-        rng=np.random.default_rng([config.run.seed, step, SHUFFLE]),
     )
     clock.append(time.perf_counter())
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -202,14 +201,12 @@ def update(
     kl_coef: float,
     *,
     objective: Objective,
-    epochs: int,
+    orders: list[Tensor],
     minibatch_size: int,
-    rng: np.random.Generator,
 ) -> list[Stats]:
-    """Epochs of shuffled minibatches over one batch; statistics of every optimizer step in order."""
+    """An epoch of minibatches for each order of the answers; statistics of every optimizer step in order."""
     all_stats = []
-    for _ in range(epochs):
-        order = torch.from_numpy(rng.permutation(len(experience.response_tokens)))
+    for order in orders:
         for rows in order.split(minibatch_size):
             minibatch = experience.rows(rows)
             all_stats.append(ppo_step(model, optimizer, reference, minibatch, kl_coef, objective=objective))

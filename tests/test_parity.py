@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity import levels
+from parity import forward
 from parity.cases import random_model
 from parity.ladder import MODEL_LEVELS, SHARED_LEVELS
 from parity.rows import compare
@@ -166,7 +166,7 @@ def test_a_weight_that_is_one_rounding_off_turns_l0_red(gpt2):
     pair = Pair(gpt2, "float32")
     weight = pair.params["layer_1"]["mlp"]["up"]["kernel"]
     pair.params["layer_1"]["mlp"]["up"]["kernel"] = weight.at[0, 0].set(np.nextafter(weight[0, 0], np.float32(9)))
-    diverged = [row.diverged for row in levels.weights(pair)]
+    diverged = [row.diverged for row in forward.weights(pair)]
     assert diverged == ["transformer.h.1.mlp.c_fc.weight", None, None]
 
 
