@@ -4,11 +4,13 @@ A process of its own, because the number of devices is fixed before JAX starts. 
 argument, it is one of the processes of a distributed run instead, on the mesh (2, 2, 1).
 """
 
+import itertools
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":
     DEVICES = 8 if len(sys.argv) == 3 else 2
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import build, train
+from ppo_jax import build, sharding, train
 from ppo_jax.config_file import load, load_resumed
 from ppo_jax.sharding import AXES
 from tests.tiny import PROMPTS
@@ -41,6 +43,15 @@ SETTINGS = {
     "advantage.estimator": "leave_one_out_to_go",
 }
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
+
+reward_calls = itertools.count(1)
+
+
+def lost_at_the_third_call(prompts: list[str], answers: list[str]) -> list[float]:
+    """A reward whose service is gone in process 1 alone, in the third iteration."""
+    if next(reward_calls) == 3 and jax.process_index() == 1:
+        raise ConnectionError("the service is gone")
+    return [float(len(answer)) for answer in answers]
 
 
 def vowel_share(prompts: list[str], answers: list[str]) -> list[float]:
@@ -64,18 +75,30 @@ def shard_shapes(tree) -> dict[str, list[int]]:
 
 
 def run(config, *, resume: bool = False) -> dict:
-    """A run, and what the tests compare of it. The answers are the texts that the reward was called with."""
-    answers = []
+    """A run, and what the tests compare of it.
+
+    The answers are the texts that the reward was called with, the rollouts are what the model wrote: ids that decode
+    alike, special tokens and masks do not show in a text.
+    """
+    answers, rollouts = [], []
 
     def reward(prompts, texts):
         answers.append(list(zip(prompts, texts, strict=True)))
         return vowel_share(prompts, texts)
 
+    def kept(*arguments, **keywords):
+        made = answer(*arguments, **keywords)
+        arrays = (made.prompt_tokens, made.response_tokens, made.response_mask, made.finish_reason)
+        rollouts.append([sharding.read(arguments[0].mesh, array).tolist() for array in arrays])
+        return made
+
+    answer = train.answer
     made, state = build.build(config, reward=reward, prompts=PROMPTS, resume=resume)
     held = {"reference": shard_shapes(made.ref_params), "before": shard_shapes((state.params, state.opt_state))}
-    result = train.train(made, state)
+    with mock.patch.object(train, "answer", kept):
+        result = train.train(made, state)
     held["after"] = shard_shapes((result.state.params, result.state.opt_state))
-    return {"metrics": result.metrics, "answers": answers, "held": held}
+    return {"metrics": result.metrics, "answers": answers, "rollouts": rollouts, "held": held}
 
 
 def resumed(source: Path, directory: Path, mesh: dict[str, int]) -> dict:

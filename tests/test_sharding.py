@@ -24,9 +24,9 @@ MANY = ("data", "fsdp", "tensor")
 METRIC_RTOL, METRIC_ATOL, WEIGHT_ATOL = 4e-5, 1.5e-5, 1e-4
 
 
-def start(*arguments, **environment):
+def start(module, *arguments, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.mesh_runs", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -34,9 +34,22 @@ def start(*arguments, **environment):
     )
 
 
-def finish(*processes, timeout=600):
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n----\n".join(outputs)
+def start_two(module, *arguments, **environment):
+    """Two processes that join one another on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"} | environment
+    return [start(module, *arguments, JAX_PROCESS_ID=str(index), **joined) for index in range(2)]
+
+
+def finish(*processes, code=0, timeout=600):
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one that still runs here hangs
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n----\n".join(outputs)
     return outputs
 
 
@@ -44,7 +57,7 @@ def finish(*processes, timeout=600):
 def meshes(tiny_model, tmp_path_factory):
     """(results by name, directory of the runs)."""
     out = tmp_path_factory.mktemp("meshes")
-    finish(start(tiny_model, out))
+    finish(start("tests.mesh_runs", tiny_model, out))
     return json.loads((out / "results.json").read_text()), out
 
 
@@ -52,22 +65,7 @@ def meshes(tiny_model, tmp_path_factory):
 def two_processes(tiny_model, tmp_path_factory):
     """(results of process 0 and of process 1, directory of the runs, what both printed)."""
     out = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    printed = finish(
-        *(
-            start(
-                tiny_model,
-                out,
-                "distributed",
-                JAX_COORDINATOR_ADDRESS=address,
-                JAX_NUM_PROCESSES="2",
-                JAX_PROCESS_ID=str(index),
-            )
-            for index in range(2)
-        )
-    )
+    printed = finish(*start_two("tests.mesh_runs", tiny_model, out, "distributed"))
     return [json.loads((out / f"results_{index}.json").read_text()) for index in range(2)], out, printed
 
 
@@ -91,7 +89,8 @@ def assert_same_policy(directory, expected):
 @pytest.mark.parametrize("name", MANY)
 def test_a_run_on_eight_devices_is_the_run_on_one(meshes, name):
     results, out = meshes
-    # Every answer that was scored, those to the fixed prompts included, is the same text: no token differs.
+    # No token of any answer differs, those to the fixed prompts included, nor does a text that was scored.
+    assert results[name]["rollouts"] == results["one"]["rollouts"]
     assert results[name]["answers"] == results["one"]["answers"]
     assert_same_metrics(results[name]["metrics"], results["one"]["metrics"])
     assert_same_policy(out / name, out / "one")
@@ -101,7 +100,8 @@ def test_a_run_on_eight_devices_is_the_run_on_one(meshes, name):
 def test_a_checkpoint_of_one_mesh_resumes_on_another(meshes, name):
     results, out = meshes
     resumed = results[f"resumed_{name}"]
-    assert resumed["answers"] == results["one"]["answers"][-len(resumed["answers"]) :]
+    for kind in ("rollouts", "answers"):
+        assert resumed[kind] == results["one"][kind][-len(resumed[kind]) :]
     assert_same_metrics(resumed["metrics"], results["one"]["metrics"][1:])
     assert_same_policy(out / f"resumed_{name}", out / "one")
     assert resumed["held"]["before"] == results[name]["held"]["before"]
@@ -128,6 +128,7 @@ def test_weights_moments_and_reference_are_split_and_stay_split(meshes):
 def test_two_processes_do_the_run_of_one_and_resume_it(meshes, two_processes):
     (results, out), (both, processes_out, _) = meshes, two_processes
     for process in both:
+        assert process["whole"]["rollouts"] == results["one"]["rollouts"]
         assert_same_metrics(process["whole"]["metrics"], results["one"]["metrics"])
         assert_same_metrics(process["parts"]["metrics"], results["one"]["metrics"][1:])
     assert_same_policy(processes_out / "whole", out / "one")
@@ -159,6 +160,32 @@ def test_only_the_first_process_writes_and_prints(two_processes):
     assert "KL nats/seq" not in second
     assert "stopped" not in second
     assert "Same prompts" not in second
+
+
+def test_a_reward_that_fails_in_one_process_ends_both_and_loses_no_finished_iteration(tiny_model, tmp_path):
+    settings = {
+        "model.path": tiny_model,
+        "run.dir": tmp_path / "run",
+        "run.iterations": 4,
+        "reward.function": "tests.mesh_runs:lost_at_the_third_call",
+        "prompts.max_tokens": 8,
+        "prompts.too_long": "truncate",
+        "rollout.batch_size": 4,
+        "rollout.max_new_tokens": 8,
+        "update.minibatch_size": 4,
+        "update.epochs": 1,
+        "monitor.sample_every": 0,
+        "monitor.tensorboard": False,
+        "checkpoint.save_every": 0,
+    }
+    overrides = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    processes = start_two("ppo_jax.train", "--distributed", *overrides, XLA_FLAGS="--xla_backend_optimization_level=0")
+    first, second = finish(*processes, code=2, timeout=240)
+    assert "ppo-jax: the reward function raised ConnectionError: the service is gone" in second
+    assert "ppo-jax: the reward failed in process 1, whose own message says why" in first
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
 
 
 @pytest.mark.parametrize(
