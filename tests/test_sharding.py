@@ -48,7 +48,8 @@ def finish(*processes, code=0, timeout=600):
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()  # one that still runs here hangs
+            with process:
+                process.kill()  # one that still runs here hangs
     assert [process.returncode for process in processes] == [code] * len(processes), "\n----\n".join(outputs)
     return outputs
 
@@ -180,7 +181,7 @@ def test_a_reward_that_fails_in_one_process_ends_both_and_loses_no_finished_iter
     }
     overrides = [word for key, value in settings.items() for word in (f"--{key}", value)]
     processes = start_two("ppo_jax.train", "--distributed", *overrides, XLA_FLAGS="--xla_backend_optimization_level=0")
-    first, second = finish(*processes, code=2, timeout=240)
+    first, second = finish(*processes, code=2)
     assert "ppo-jax: the reward function raised ConnectionError: the service is gone" in second
     assert "ppo-jax: the reward failed in process 1, whose own message says why" in first
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
