@@ -40,6 +40,8 @@ KINDS = {
     "yarn-untruncated": YARN_ROPE | {"truncate": False, "attention_factor": 0.7},
     "yarn-mscale": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3},
     "yarn-one-channel": YARN_ROPE | {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    # Both ends of the ramp lie outside of the channels, and are moved to the first and to the last one.
+    "yarn-wide-ramp": YARN_ROPE | {"beta_fast": 32.0, "beta_slow": 1e-5},
     "longrope": LONG,
     "longrope-factor": LONG | {"factor": 16.0},
     "longrope-attention-factor": LONG | {"attention_factor": 1.3},
