@@ -1,65 +1,21 @@
-"""Random models and batches on which no term is inert.
-
-Weights have a standard deviation of 0.2 to 0.3, norm gains are not 1, biases not 0, matrices not square: a dropped
-gain, bias, scale or transpose shows. Weights are float32 numbers, so every dtype starts from the same values.
-"""
+"""The models and batches of the ladder. Weights are float32 numbers, so every dtype starts from the same values."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-VOCAB_SIZE = 61
-POSITIONS = 320
+from parity.models import hf_model
 
-# 4 query heads share 2 key heads, and all heads together (32 channels) are wider than the model (24).
-LLAMA: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": POSITIONS,
-    "rms_norm_eps": 1e-3,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "n_embd": 24,
-    "n_head": 3,
-    "n_inner": 40,
-    "n_layer": 2,
-    "n_positions": POSITIONS,
-    "layer_norm_epsilon": 1e-3,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def random_configs() -> dict[str, PretrainedConfig]:
-    """What the random models are; every field that changes the mathematics is away from its default somewhere."""
-    return {
-        "llama": LlamaConfig(
-            **LLAMA, num_hidden_layers=2, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE
-        ),
-        "llama-tied": LlamaConfig(**LLAMA, num_hidden_layers=1, tie_word_embeddings=True),
-        # Layer 0 is scaled by 1 / 1, so both kinds of scale are in it.
-        "gpt2": GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True),
-    }
+# Of every family the variant in which most of its mathematics is switched on, and the three on which every level runs.
+RANDOM_MODELS = (
+    *("llama", "llama-tied", "llama3", "gpt2", "gpt2-scaled", "mistral", "qwen2-yarn", "qwen3", "smollm3-windows"),
+    *("gemma2", "gemma3-linear", "phi3-longrope", "pythia", "olmo2-biases", "starcoder2"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +30,8 @@ class ModelCase:
 
 
 def random_model(name: str, root: Path) -> ModelCase:
-    """The random model of `random_configs` of this name, saved under `root`."""
-    config = random_configs()[name]
-    model = AutoModelForCausalLM.from_config(config)
-    _randomise(model)
-    model.save_pretrained(root / name)
+    """The model of this name in `MODELS`, saved under `root`."""
+    hf_model(name).save_pretrained(root / name)
     return with_reference(root / name, root, is_real=False)
 
 
@@ -98,18 +51,6 @@ def with_reference(directory: Path, root: Path, *, is_real: bool) -> ModelCase:
             x += 0.02 * x.std(correction=0) * torch.randn(x.shape, generator=generator).to(x.dtype)
         save_file(tensors, reference / file.name, metadata={"format": "pt"})
     return ModelCase(directory.name, directory, reference, json.loads(config_text)["vocab_size"], is_real)
-
-
-@torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for name, param in model.named_parameters():
-        noise = torch.randn(param.shape, generator=generator)
-        if param.ndim == 2:
-            is_embedding = any(word in name for word in ("embed", "wte", "wpe"))
-            param.copy_((0.3 if is_embedding else 0.2) * noise)
-        else:
-            param.copy_(0.2 * noise if name.endswith("bias") else 1.0 + 0.3 * noise)
 
 
 @dataclass(frozen=True)

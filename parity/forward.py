@@ -31,7 +31,7 @@ def weights(pair: Pair) -> Iterator[Row]:
     files = pair.file_tensors()
     yield row_of(pair, "L0", "JAX weights and the file", pair.jax_named(pair.params), files)
     yield row_of(pair, "L0", "torch weights and the file", named(pair.model.state_dict()), files)
-    one_array = {"head": np.array(["head" not in pair.params, pair.model.lm_head is None])}
+    one_array = {"head": np.array(["head" not in pair.params, not pair.model.has_own_head])}
     yield row_of(pair, "L0", "a tied head is the embedding", one_array, {"head": np.array([pair.spec.tied_head] * 2)})
 
 

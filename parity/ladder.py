@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from parity import forward, generation, loops, operations, training, trajectory
-from parity.cases import random_configs, random_model, with_reference
+from parity.cases import RANDOM_MODELS, random_model, with_reference
+from parity.models import MODELS
 from parity.rows import Row
 from parity.stacks import Pair
 
@@ -42,12 +43,11 @@ def climb(
 ) -> Iterator[Row]:
     """Rows of the asked-for levels, bottom up: a bug shows first where it sits."""
     known = LEVELS if model is None else OF_CHECKPOINT
-    models = list(random_configs())
-    asked, names = known if levels is None else levels, models if cases is None else cases
-    if unknown := (set(asked) - set(known)) | (set(names) - set(models)):
+    asked, names = known if levels is None else levels, RANDOM_MODELS if cases is None else cases
+    if unknown := (set(asked) - set(known)) | (set(names) - set(MODELS)):
         raise SystemExit(
             f"unknown: {', '.join(sorted(unknown))}; levels {'' if model is None else 'of a checkpoint '}are "
-            f"{', '.join(known)}, cases {', '.join(models)}"
+            f"{', '.join(known)}, cases {', '.join(MODELS)}"
         )
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)

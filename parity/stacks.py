@@ -18,7 +18,7 @@ from parity.cases import Answers, ModelCase
 from parity.rows import Named
 from ppo_jax import records
 from ppo_jax.models import hf_io
-from ppo_jax.models.decoder import DecoderSpec, head_logits, hidden_states
+from ppo_jax.models.decoder import DecoderSpec, abstract_params, head_logits, hidden_states
 from ppo_jax.models.families import spec_of
 from ppo_torch_ref import rollout as torch_rollout
 from ppo_torch_ref.model import load_model
@@ -66,6 +66,10 @@ class Pair:
     def ref_model(self) -> torch.nn.Module:
         return load_model(self.case.ref_directory, dtype=getattr(torch, self.dtype))
 
+    @cached_property
+    def zero_gradients(self) -> Named:
+        return zero_gradients(self.config, self.spec)
+
     def file_tensors(self) -> Named:
         """What the files of the case hold, cast; a second copy of a tied head is not a weight."""
         stored: Named = {}
@@ -78,6 +82,17 @@ class Pair:
     def jax_named(self, tree: Any) -> Named:
         """A tree shaped like the parameters (weights, gradients, moments) under its Hugging Face names."""
         return hf_io.export_tensors(self.config, self.spec, tree, jnp.dtype(self.dtype))
+
+    def split_zero_gradients(self, tensors: Named) -> tuple[Named, Named]:
+        """(elements with an ordinary gradient, those whose gradient is 0 in theory), flat where a tensor has both."""
+        ordinary, zero_in_theory = {}, {}
+        for name, x in tensors.items():
+            zeros = self.zero_gradients[name]
+            if not zeros.all():
+                ordinary[name] = x[~zeros] if zeros.any() else x
+            if zeros.any():
+                zero_in_theory[name] = x[zeros]
+        return ordinary, zero_in_theory
 
     def jax_logits(self, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
         return _logits(self.params, jnp.asarray(tokens), jnp.asarray(mask), spec=self.spec)
@@ -97,15 +112,18 @@ def _logits(params: Any, tokens: jax.Array, mask: jax.Array, *, spec: DecoderSpe
     return head_logits(params, hidden_states(params, tokens, mask, spec=spec), spec=spec)
 
 
-def split_key_bias(tensors: Named) -> tuple[Named, Named]:
-    """(tensors, those whose gradient is zero in theory): GPT-2's key biases, which shift all scores of a query alike.
+def zero_gradients(config: Any, spec: DecoderSpec) -> Named:
+    """Which elements of every tensor have a gradient that is 0 in theory, as booleans under the tensors' names.
 
-    Under rotary positions a key bias turns with its key's position, so there its gradient is an ordinary one.
+    These are key biases where nothing tells the keys apart by position: they shift all scores of a query alike, which
+    softmax does not see. A rotation turns a bias with its key's position, a norm of the keys or a cap of the scores
+    makes its effect depend on the key; with any of these its gradient is an ordinary one.
     """
-    ordinary, zero_in_theory = {}, {}
-    for name, x in tensors.items():
-        if not name.endswith("attn.c_attn.bias"):
-            ordinary[name] = x
-            continue
-        ordinary[f"{name}[q]"], zero_in_theory[f"{name}[k]"], ordinary[f"{name}[v]"] = np.split(x, 3)
-    return ordinary, zero_in_theory
+    is_zero = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(spec))
+    if spec.qkv_bias and spec.qk_norm is None and spec.attention_softcap is None:
+        for i, layer in enumerate(spec.layers):
+            rotated = 0 if layer.rope is None else 2 * len(layer.rope.inverse_frequencies)
+            by_head = np.broadcast_to(np.arange(spec.head_dim) >= rotated, (spec.kv_heads, spec.head_dim))
+            is_zero[f"layer_{i}"]["attn"]["k"]["bias"] = by_head.reshape(-1).astype(np.float32)
+    exported = hf_io.export_tensors(config, spec, is_zero, jnp.dtype("float32"))
+    return {name: x.astype(bool) for name, x in exported.items()}

@@ -14,7 +14,7 @@ import torch
 from parity.cases import ragged_answers
 from parity.forward import TEMPERATURE, scored_answers
 from parity.rows import Named, Row, bound_of, named, row_of
-from parity.stacks import Pair, in_both, split_key_bias
+from parity.stacks import Pair, in_both
 from ppo_jax import records, update
 from ppo_jax.config import UpdateConfig
 from ppo_jax.ops import losses
@@ -158,7 +158,7 @@ def gradient(pair: Pair) -> Iterator[Row]:
     for case in cases_for(pair, LOSSES):
         (_, ours), (_, theirs) = backward(pair, case)
         largest = max(float(np.abs(x).max()) for x in theirs.values())
-        (ours, ours_zero), (theirs, theirs_zero) = split_key_bias(ours), split_key_bias(theirs)
+        (ours, ours_zero), (theirs, theirs_zero) = map(pair.split_zero_gradients, (ours, theirs))
         what = case.name
         yield row_of(pair, "L8", f"gradients, {what}", ours, theirs, scale=largest)
         if ours_zero:
@@ -216,7 +216,7 @@ def in_own_units(ours: Named, theirs: Named) -> tuple[Named, Named]:
 
 def _parameter_rows(pair: Pair, what: str, ours: Named, theirs: Named, steps: int) -> Iterator[Row]:
     """Adam turns the rounding noise of a gradient that is 0 into steps of up to the learning rate: bounded by those."""
-    (ours, ours_zero), (theirs, theirs_zero) = split_key_bias(ours), split_key_bias(theirs)
+    (ours, ours_zero), (theirs, theirs_zero) = map(pair.split_zero_gradients, (ours, theirs))
     yield row_of(pair, "L9", f"parameters, {what}", ours, theirs)
     if ours_zero:
         limit = 2 * OPTIMIZER.learning_rate * steps

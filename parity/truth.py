@@ -261,7 +261,7 @@ def relative_errors_torch(forms: tuple[Form, ...], pairs: int) -> dict[str, list
 
 
 def _torch_model(params: Any, spec: DecoderSpec) -> torch.nn.Module:
-    model = torch_model.Llama(CONFIG).double()
+    model = torch_model.new_model(CONFIG).double()
     tensors = export_tensors(CONFIG, spec, params, jnp.float64)
     model.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in tensors.items()})
     return model

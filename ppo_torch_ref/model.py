@@ -1,244 +1,218 @@
-"""Llama and GPT-2 decoders as small modules; the twin of `ppo_jax/models`.
+"""The decoder, and the families of Hugging Face models that it can be; the twin of `ppo_jax/models`.
 
-Names in the state dict are those of Hugging Face, so a checkpoint loads without a mapping. Everything is computed in
-the dtype of the parameters, norms and softmax in float32 at least; unlike `transformers`, float64 is float64
-throughout. A `transformers` model can take the place of these: `token_logits` calls both alike.
+Names in the state dict are those of Hugging Face, so a checkpoint loads without a mapping. A `transformers` model can
+take the place of these: `token_logits` calls both alike.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+from ppo_torch_ref.layers import ACTIVATIONS, Block, Conv1D, LayerSpec, RMSNorm, Spec, soft_cap
+from ppo_torch_ref.rope import Rope, rope_of
+
+# Tensors that files of some families hold beside the weights.
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+class Decoder(nn.Module):
+    """Called like a `transformers` model; returns logits [B, S, V], or of the last `logits_to_keep` positions."""
+
+    def __init__(self, spec: Spec):
+        super().__init__()
+        self.spec = spec
+        trunk = nn.ModuleDict({spec.embedding: nn.Embedding(spec.vocab_size, spec.width)})
+        if spec.position_embedding is not None:
+            trunk[spec.position_embedding] = nn.Embedding(spec.max_positions, spec.width)
+        trunk[spec.blocks] = nn.ModuleList(Block(spec, layer) for layer in spec.layers)
+        trunk[spec.final_norm] = spec.norm(spec.width)
+        self.add_module(spec.trunk, trunk)
+        if not spec.tied_head:
+            self.add_module(spec.head, nn.Linear(spec.width, spec.vocab_size, bias=False))
+
+    def forward(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
+        spec, visible = self.spec, causal_visibility(attention_mask)
+        x = self.part(spec.embedding)(tokens)
+        if spec.embedding_scale is not None:  # rounded to the weights' dtype first, as the models were trained
+            x = x * x.new_tensor(spec.embedding_scale)
+        if spec.position_embedding is not None:
+            x = x + self.part(spec.position_embedding)(position_ids)
+        for block in self.blocks():
+            x = block(x, position_ids, within(visible, block.layer.window))
+        hidden = self.part(spec.final_norm)(x)[:, -logits_to_keep:]
+        head = self.get_submodule(spec.head) if self.has_own_head else self.part(spec.embedding)
+        return soft_cap(F.linear(hidden, head.get_parameter("weight")), spec.logit_softcap)
+
+    @property
+    def has_own_head(self) -> bool:
+        """False where the head is tied, that is, where it is the embedding itself."""
+        return not self.spec.tied_head
+
+    def part(self, name: str) -> nn.Module:
+        return self.get_submodule(f"{self.spec.trunk}.{name}")
+
+    def blocks(self) -> list[Any]:
+        return list(self.part(self.spec.blocks).children())
+
+    def stages(self) -> dict[str, nn.Module]:
+        """The modules whose outputs are the stages of the computation, in order; each returns one tensor."""
+        found = {}
+        for i, block in enumerate(self.blocks()):
+            found[f"layer_{i}/attn"] = block.get_submodule(self.spec.attention)
+            found[f"layer_{i}/mlp"] = block.mlp
+            found[f"layer_{i}"] = block
+        return found | {"final_norm": self.part(self.spec.final_norm)}
+
+
+# ---------------------------------------------------------------------------- what a config says
+
+
+def _spec(
+    config: PretrainedConfig,
+    *,
+    activation: str = "hidden_act",
+    mlp_width: int | None = None,
+    norm: Callable[[int], nn.Module] | None = None,
+    scales: Sequence[float] = (),
+    windows: Sequence[int | None] = (),
+    ropes: Sequence[Rope | None] = (),
+    **own: Any,
+) -> Spec:
+    """Llama's reading of a config but for what is given: values for every layer, and fields of `Spec`."""
+    heads, depth, function = config.num_attention_heads, config.num_hidden_layers, getattr(config, activation)
+    if function not in ACTIVATIONS:
+        raise ValueError(f"{activation} {function!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    per_layer = (
+        scales or [_head_dim(config) ** -0.5] * depth,
+        windows or [None] * depth,
+        ropes or [_rope(config, config.rope_parameters)] * depth,
+    )
+    return Spec(
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        width=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=_head_dim(config),
+        mlp_width=mlp_width or config.intermediate_size,
+        layers=tuple(LayerSpec(*row) for row in zip(*per_layer, strict=True)),
+        norm=norm or partial(RMSNorm, eps=config.rms_norm_eps),
+        activation=ACTIVATIONS[function],
+        tied_head=config.tie_word_embeddings,
+        **own,
+    )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope(config: PretrainedConfig, parameters: dict[str, Any]) -> Rope:
+    return rope_of(parameters, _head_dim(config), config.max_position_embeddings)
+
+
+def _windows(config: PretrainedConfig) -> list[int | None]:
+    """The window of the layers that slide by `layer_types`; of every layer where a family has no such list."""
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+
+
+def _biases(attention: bool, mlp: bool) -> dict[str, Any]:
+    return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": mlp}
+
+
+def _smollm3(config: PretrainedConfig) -> Spec:
+    rope, biases = _rope(config, config.rope_parameters), _biases(config.attention_bias, config.mlp_bias)
+    ropes = [rope if rotates else None for rotates in config.no_rope_layers]
+    return _spec(config, windows=_windows(config), ropes=ropes, **biases)
+
+
+def _gemma(config: PretrainedConfig, **own: Any) -> Spec:
+    return _spec(
+        config,
+        activation="hidden_activation",
+        norm=partial(RMSNorm, eps=config.rms_norm_eps, offset=1.0),
+        scales=[config.query_pre_attn_scalar**-0.5] * config.num_hidden_layers,
+        windows=_windows(config),
+        embedding_scale=config.hidden_size**0.5,
+        logit_softcap=config.final_logit_softcapping,
+        **_biases(config.attention_bias, mlp=False),
+        **GEMMA,
+        **own,
+    )
+
+
+def _gemma3(config: PretrainedConfig) -> Spec:
+    return _gemma(config, qk_norm="head", ropes=[_rope(config, config.rope_parameters[t]) for t in config.layer_types])
+
+
+def _starcoder2(config: PretrainedConfig) -> Spec:
+    norm, biases = partial(nn.LayerNorm, eps=config.norm_epsilon), _biases(config.use_bias, config.use_bias)
+    return _spec(config, norm=norm, windows=_windows(config), **biases, **STARCODER2)
+
+
+def _gpt_neox(config: PretrainedConfig) -> Spec:
+    norm, biases = partial(nn.LayerNorm, eps=config.layer_norm_eps), _biases(config.attention_bias, mlp=True)
+    return _spec(config, norm=norm, parallel=config.use_parallel_residual, **biases, **GPT_NEOX)
+
+
+def _gpt2(config: PretrainedConfig) -> Spec:
+    scale, depth = _head_dim(config) ** -0.5 if config.scale_attn_weights else 1.0, config.n_layer
+    return _spec(
+        config,
+        activation="activation_function",
+        mlp_width=config.n_inner or 4 * config.n_embd,
+        norm=partial(nn.LayerNorm, eps=config.layer_norm_epsilon),
+        scales=[scale / (i + 1) for i in range(depth)] if config.scale_attn_by_inverse_layer_idx else [scale] * depth,
+        ropes=[None] * depth,
+        **_biases(attention=True, mlp=True),
+        **GPT2,
+    )
+
+
+GEMMA: dict[str, Any] = {
+    "norm_after_attention": "post_attention_layernorm", "norm_before_mlp": "pre_feedforward_layernorm",
+    "norm_after_mlp": "post_feedforward_layernorm",
+}  # fmt: skip
+OLMO2: dict[str, Any] = GEMMA | {"qk_norm": "full", "norm_before_attention": None, "norm_before_mlp": None}
+PHI3: dict[str, Any] = {"qkv": ("qkv_proj",), "mlp_in": ("gate_up_proj",)}
+STARCODER2: dict[str, Any] = {"gated": False, "mlp_in": ("c_fc",), "mlp_out": "c_proj"}
+GPT_NEOX: dict[str, Any] = {
+    "gated": False, "qkv_by_head": True, "trunk": "gpt_neox", "embedding": "embed_in", "final_norm": "final_layer_norm",
+    "head": "embed_out", "attention": "attention", "qkv": ("query_key_value",), "attention_out": "dense",
+    "mlp_in": ("dense_h_to_4h",), "mlp_out": "dense_4h_to_h",
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "gated": False, "linear": Conv1D, "trunk": "transformer", "embedding": "wte", "position_embedding": "wpe",
+    "blocks": "h", "final_norm": "ln_f", "attention": "attn", "qkv": ("c_attn",), "attention_out": "c_proj",
+    "mlp_in": ("c_fc",), "mlp_out": "c_proj", "norm_before_attention": "ln_1", "norm_before_mlp": "ln_2",
+}  # fmt: skip
+FAMILIES: dict[str, Callable[[PretrainedConfig], Spec]] = {
+    "gemma2": lambda config: _gemma(config, attention_softcap=config.attn_logit_softcapping),
+    "gemma3_text": _gemma3,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "llama": lambda config: _spec(config, **_biases(config.attention_bias, config.mlp_bias)),
+    "mistral": lambda config: _spec(config, windows=_windows(config)),
+    "olmo2": lambda config: _spec(config, **_biases(config.attention_bias, mlp=False), **OLMO2),
+    "phi3": lambda config: _spec(config, windows=_windows(config), **PHI3),
+    "qwen2": lambda config: _spec(config, windows=_windows(config), qkv_bias=True),
+    "qwen3": lambda config: _spec(
+        config, windows=_windows(config), qk_norm="head", **_biases(config.attention_bias, mlp=False)
+    ),
+    "smollm3": _smollm3,
+    "starcoder2": _starcoder2,
 }
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rope_frequencies(config: PretrainedConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies in radians per position, one per pair of a head's channels, float64."""
-    rope = config.rope_parameters or {}
-    kind = rope.get("rope_type", "default")
-    frequencies = rope.get("rope_theta", 10000.0) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / rope["factor"]
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r} is not supported; supported are default, linear, llama3")
-    # Llama 3.1: wavelengths above original/low are stretched by the factor, those under original/high are kept.
-    original, low, high = (
-        rope[name] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    wavelengths = 2 * math.pi / frequencies
-    blend = (original / wavelengths - low) / (high - low)
-    blended = (1 - blend) * frequencies / rope["factor"] + blend * frequencies
-    stretched = np.where(wavelengths > original / low, frequencies / rope["factor"], blended)
-    return np.where(wavelengths < original / high, frequencies, stretched)
-
-
-def rotate(x: Tensor, positions: Tensor, frequencies: np.ndarray) -> Tensor:
-    """Rotary embedding of x [B, S, N, H]: channel i is paired with channel i + H/2."""
-    wide = at_least_float32(x)
-    inverse = torch.as_tensor(frequencies, dtype=wide.dtype, device=x.device)
-    angles = (positions[..., None].to(wide.dtype) * inverse)[:, :, None, :]
-    first, second = wide.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float) -> Tensor:
-    """Softmax attention of queries [B, S, N, H] over keys and values [B, S, K, H]; N / K queries share a key head."""
-    groups = queries.shape[2] // keys.shape[2]
-    keys, values = keys.repeat_interleave(groups, dim=2), values.repeat_interleave(groups, dim=2)
-    scores = at_least_float32(scale * torch.einsum("blnh,bsnh->bnls", queries, keys))
-    scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1).to(values.dtype)
-    return torch.einsum("bnls,bsnh->blnh", weights, values).flatten(2)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer, its weight stored (in, out)."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class LlamaAttention(nn.Module):
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.frequencies = rope_frequencies(config, self.head_dim)
-        linear = partial(nn.Linear, bias=config.attention_bias)
-        self.q_proj = linear(config.hidden_size, heads * self.head_dim)
-        self.k_proj = linear(config.hidden_size, kv_heads * self.head_dim)
-        self.v_proj = linear(config.hidden_size, kv_heads * self.head_dim)
-        self.o_proj = linear(heads * self.head_dim, config.hidden_size)
-
-    def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        queries, keys, values = (
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        queries, keys = (rotate(heads, positions, self.frequencies) for heads in (queries, keys))
-        return self.o_proj(attend(queries, keys, values, visible, scale=self.head_dim**-0.5))
-
-
-class LlamaMlp(nn.Module):
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        linear = partial(nn.Linear, bias=config.mlp_bias)
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaBlock(nn.Module):
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMlp(config)
-
-    def forward(self, x: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, visible)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class GPT2Attention(nn.Module):
-    def __init__(self, config: PretrainedConfig, layer: int):
-        super().__init__()
-        self.head_dim = config.n_embd // config.n_head
-        self.scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
-        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        queries, keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in self.c_attn(x).chunk(3, dim=-1))
-        return self.c_proj(attend(queries, keys, values, visible, scale=self.scale))
-
-
-class GPT2Mlp(nn.Module):
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        inner = config.n_inner or 4 * config.n_embd
-        self.c_fc, self.c_proj = Conv1D(config.n_embd, inner), Conv1D(inner, config.n_embd)
-        self.activation = ACTIVATIONS[config.activation_function]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
-
-
-class GPT2Block(nn.Module):
-    def __init__(self, config: PretrainedConfig, layer: int):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = GPT2Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = GPT2Mlp(config)
-
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x), visible)
-        return x + self.mlp(self.ln_2(x))
-
-
-class Llama(nn.Module):
-    """Called like a `transformers` model; returns logits [B, S, V], or of the last `logits_to_keep` positions."""
-
-    prefix, not_weights = "model.", ("rotary_emb.inv_freq",)
-
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = own_head(config)
-
-    def forward(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
-        visible = causal_visibility(attention_mask)
-        x = self.model["embed_tokens"](tokens)
-        for block in self.model["layers"].children():
-            x = block(x, position_ids, visible)
-        hidden = self.model["norm"](x)[:, -logits_to_keep:]
-        return F.linear(
-            hidden, self.get_parameter("model.embed_tokens.weight" if self.lm_head is None else "lm_head.weight")
-        )
-
-
-class GPT2(nn.Module):
-    """As `Llama`, with learned positions."""
-
-    prefix, not_weights = "transformer.", (".attn.bias", ".attn.masked_bias")
-
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.n_positions, config.n_embd),
-                "h": nn.ModuleList(GPT2Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
-            }
-        )
-        self.lm_head = own_head(config)
-
-    def forward(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
-        visible = causal_visibility(attention_mask)
-        x = self.transformer["wte"](tokens) + self.transformer["wpe"](position_ids)
-        for block in self.transformer["h"].children():
-            x = block(x, visible)
-        hidden = self.transformer["ln_f"](x)[:, -logits_to_keep:]
-        return F.linear(
-            hidden, self.get_parameter("transformer.wte.weight" if self.lm_head is None else "lm_head.weight")
-        )
-
-
-FAMILIES = {"llama": Llama, "gpt2": GPT2}
-
-
-def own_head(config: PretrainedConfig) -> nn.Linear | None:
-    """The head's own weight; None where it is tied, that is, where it is the embedding itself."""
-    return None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+# ---------------------------------------------------------------------------- its use
 
 
 def positions_from_mask(token_mask: Tensor) -> Tensor:
@@ -251,6 +225,11 @@ def causal_visibility(token_mask: Tensor) -> Tensor:
     length = token_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=token_mask.device).tril()
     return causal & token_mask[:, None, :]
+
+
+def within(visible: Tensor, window: int | None) -> Tensor:
+    """What is visible [B, S, S] of the last `window` tokens, the query's own included; all where there is no window."""
+    return visible if window is None else visible & torch.ones_like(visible).triu(1 - window)
 
 
 def token_logits(model: nn.Module, tokens: Tensor, token_mask: Tensor, *, last: int = 0) -> Tensor:
@@ -268,17 +247,22 @@ def response_logits(
     return token_logits(model, tokens, mask, last=response_tokens.shape[1] + 1)[:, :-1]
 
 
-def load_model(directory: Path, *, dtype=torch.float32) -> nn.Module:
-    """The model of a Hugging Face directory with every parameter in `dtype`; an error lists tensors that do not fit."""
-    config = AutoConfig.from_pretrained(directory)
+def new_model(config: PretrainedConfig) -> Decoder:
+    """The decoder of a config; its weights have the right shapes and mean nothing."""
     if config.model_type not in FAMILIES:
         raise ValueError(f"model_type {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return Decoder(FAMILIES[config.model_type](config))
+
+
+def load_model(directory: Path, *, dtype=torch.float32) -> Decoder:
+    """The model of a Hugging Face directory with every parameter in `dtype`; an error lists tensors that do not fit."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)
+        model = new_model(AutoConfig.from_pretrained(directory))
     stored = {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
-    if not any(name.startswith(model.prefix) for name in stored):  # a bare trunk, as the hub's gpt2
-        stored = {model.prefix + name: x for name, x in stored.items()}
-    unused = model.not_weights + (("lm_head.weight",) if config.tie_word_embeddings else ())
+    prefix = f"{model.spec.trunk}."
+    if not any(name.startswith(prefix) for name in stored):  # a bare trunk, as the hub's gpt2
+        stored = {prefix + name: x for name, x in stored.items()}
+    unused = BUFFERS if model.has_own_head else (*BUFFERS, f"{model.spec.head}.weight")
     weights = {name: x.to(dtype) for name, x in stored.items() if not name.endswith(unused)}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
+from parity.models import MODELS, hf_config, hf_model
 from ppo_jax.errors import UserError
 from ppo_jax.models.config_fields import HARMLESS
 from ppo_jax.models.families import spec_of
-from tests.conftest import MODELS, hf_config, hf_model
 
 REFUSED_BY_TRANSFORMERS = (ValueError, KeyError, TypeError, StrictDataclassError)
 # Fields that transformers reads although its classes do not declare them, and one that nobody knows.

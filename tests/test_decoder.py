@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parity.models import MODELS
 from ppo_jax.models import decoder, hf_io
 from ppo_jax.models.decoder import Decoder, head_logits, hidden_states, positions_from_mask, response_hidden
 from ppo_jax.ops.logprobs import token_logprobs
-from tests.conftest import MODELS
 
 LONG, SHORT = 270, 9
 

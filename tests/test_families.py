@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig
 
+from parity.models import GPT2, LLAMA, MODELS, hf_config
 from ppo_jax.errors import UserError
 from ppo_jax.models.families import FAMILIES, family_of, spec_of, tensors_of
-from tests.conftest import GPT2, LLAMA, MODELS, hf_config
 
 
 def llama(**changes):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from parity.models import MODELS, hf_model
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
 from ppo_jax.models.families import family_of
-from tests.conftest import MODELS, hf_model
 
 ROUND_TRIPS = [(name, "float32") for name in MODELS] + [
     (name, dtype) for name in ("llama-tied", "gpt2-untied", "phi3", "pythia") for dtype in ("bfloat16", "float16")

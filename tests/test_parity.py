@@ -18,6 +18,7 @@ from parity.ladder import MODEL_LEVELS, SHARED_LEVELS
 from parity.rows import compare
 from parity.stacks import Pair
 from ppo_jax.ops.sampling import sample_tokens
+from ppo_torch_ref import layers as torch_layers
 from ppo_torch_ref import model as torch_model
 from ppo_torch_ref import ops as torch_ops
 from ppo_torch_ref import update as torch_update
@@ -120,20 +121,20 @@ def last_column(mask):
     return torch.full((len(mask),), mask.shape[1] - 1)
 
 
-def unscaled_attention(queries, keys, values, visible, *, scale):
-    return attend(queries, keys, values, visible, scale=1.0)
+def unscaled_attention(queries, keys, values, visible, *, scale, softcap):
+    return attend(queries, keys, values, visible, scale=1.0, softcap=softcap)
 
 
 def fixed_rate(step, **settings):
     return settings["peak"]
 
 
-exact_token_kl, attend = torch_ops.exact_token_kl, torch_model.attend
+exact_token_kl, attend = torch_ops.exact_token_kl, torch_layers.attend
 
 MUTANTS = {
     "position + 1": (torch_model, "positions_from_mask", position_plus_one, "L3"),
     "no padding mask": (torch_model, "causal_visibility", causal_only, "L3"),
-    "no 1/sqrt(d)": (torch_model, "attend", unscaled_attention, "L3"),
+    "no 1/sqrt(d)": (torch_layers, "attend", unscaled_attention, "L3"),
     "no temperature": (torch_ops, "log_distribution", no_temperature, "L4"),
     "reversed KL": (torch_ops, "exact_token_kl", reversed_kl, "L5"),
     "ddof 1": (torch_ops, "masked_var", sample_variance, "L6"),

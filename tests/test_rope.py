@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, Phi3Config
 
+from parity.models import DYNAMIC_ROPE, LINEAR_ROPE, LLAMA, LLAMA3_ROPE, LONG_ROPE, YARN_ROPE, hf_config
 from ppo_jax.errors import UserError
 from ppo_jax.models.families import spec_of
 from ppo_jax.models.rope import RopeSpec, served_positions
-from tests.conftest import DYNAMIC_ROPE, LINEAR_ROPE, LLAMA, LLAMA3_ROPE, LONG_ROPE, YARN_ROPE, hf_config
 
 
 def llama(**changes):
@@ -21,7 +21,7 @@ def rope_of(config) -> RopeSpec:
 
 
 def test_frequencies_are_powers_of_theta_in_float64():
-    expected = np.array([500.0 ** (-2 * i / 6) for i in range(3)])
+    expected = np.array([500.0 ** (-2 * i / 8) for i in range(4)])
     plain = rope_of(llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
     np.testing.assert_allclose(plain.inverse_frequencies, expected, rtol=1e-15)
     assert plain.attention_factor == 1.0
@@ -40,6 +40,8 @@ KINDS = {
     "yarn-untruncated": YARN_ROPE | {"truncate": False, "attention_factor": 0.7},
     "yarn-mscale": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3},
     "yarn-one-channel": YARN_ROPE | {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+    # Both ends of the ramp lie outside of the channels, and are moved to the first and to the last one.
+    "yarn-wide-ramp": YARN_ROPE | {"beta_fast": 32.0, "beta_slow": 1e-5},
     "longrope": LONG,
     "longrope-factor": LONG | {"factor": 16.0},
     "longrope-attention-factor": LONG | {"attention_factor": 1.3},
@@ -98,7 +100,7 @@ def test_longrope_serves_the_positions_of_its_short_factors_only():
     [
         ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}, "need factor, a number above 0; got 0.0"),
         ({"rope_type": "linear", "rope_theta": 1e4, "factor": "4"}, "need factor, a number above 0; got '4'"),
-        (LONG_ROPE | {"short_factor": [1.0]}, "short_factor of rope_parameters has 1 numbers, but 3 pairs"),
+        (LONG_ROPE | {"short_factor": [1.0]}, "short_factor of rope_parameters has 1 numbers, but 4 pairs"),
         (YARN_ROPE | {"mrope_section": [1, 1, 1]}, "mrope_section"),
     ],
 )
