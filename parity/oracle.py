@@ -19,6 +19,11 @@ def positions(answer_mask: Array) -> list[int]:
     return [t for t in range(len(answer_mask)) if answer_mask[t]]
 
 
+def answered(response_mask: Array) -> Array:
+    """[B], True where there is a token."""
+    return np.array([len(positions(mask)) > 0 for mask in response_mask])
+
+
 def on_answers(values: list[float], response_mask: Array) -> Array:
     """[B, T] with the value of answer b on each of its tokens."""
     out = np.zeros(response_mask.shape)
@@ -187,14 +192,14 @@ def answer_rewards(token_rewards: Array, response_mask: Array) -> list[float]:
 def batch_mean_advantages(token_rewards: Array, response_mask: Array) -> Array:
     """A_bt = R_b − (1/B) Σ_b' R_b'."""
     totals = answer_rewards(token_rewards, response_mask)
-    mean = masked_mean(np.array(totals), response_mask.any(axis=1))
+    mean = masked_mean(np.array(totals), answered(response_mask))
     return on_answers([total - mean for total in totals], response_mask)
 
 
 def whitened_batch_mean_advantages(token_rewards: Array, response_mask: Array) -> Array:
     """A_bt = (R_b − mean R) / sqrt(var R + 1e-8), the variance over answers, ddof 0."""
-    totals, answered = np.array(answer_rewards(token_rewards, response_mask)), response_mask.any(axis=1)
-    return on_answers(list(whiten(totals, answered)), response_mask)
+    totals = np.array(answer_rewards(token_rewards, response_mask))
+    return on_answers(list(whiten(totals, answered(response_mask))), response_mask)
 
 
 def leave_one_out_to_go_advantages(token_rewards: Array, response_mask: Array) -> Array:
@@ -208,10 +213,10 @@ def leave_one_out_to_go_advantages(token_rewards: Array, response_mask: Array) -
         return math.fsum(token_rewards[b, later] for later in tokens if later >= min(t, tokens[-1]))
 
     out = np.zeros(token_rewards.shape)
-    answered = positions(response_mask.any(axis=1))
-    for b in answered:
+    answers = positions(answered(response_mask))
+    for b in answers:
         for t in positions(response_mask[b]):
-            others = [to_go(other, t) for other in answered if other != b]
+            others = [to_go(other, t) for other in answers if other != b]
             out[b, t] = to_go(b, t) - math.fsum(others) / len(others) if others else 0.0
     return out
 
