@@ -59,7 +59,7 @@ def compare_all(level: str, dtype: str, compared: str, *calls: Results) -> Itera
     found = reduce(or_, calls)
     bound = BOUNDS[level][dtype]
     yield compare(level, dtype, CASE, compared, found.jax, found.torch, bound=bound)
-    stacks = {"JAX": found.jax, "torch": found.torch}
+    stacks = {"jax": found.jax, "torch": found.torch}
     both = {f"{name}, {stack}": x for stack, results in stacks.items() for name, x in results.items()}
     twice = {f"{name}, {stack}": x for stack in stacks for name, x in found.oracle.items()}
     yield compare(level, dtype, CASE, f"{compared}, oracle", both, twice, bound=bound)
