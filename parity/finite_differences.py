@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity.levels import CONSTANT, KL_COEF, Update, backward, experience, objectives, row_of
-from parity.rows import Named, Row, named
+from parity.rows import Named, Row, named, row_of
 from parity.stacks import Pair
+from parity.training import CONSTANT, KL_COEF, Update, backward, experience, objectives
 from ppo_jax import update
 from ppo_torch_ref import update as torch_update
 
