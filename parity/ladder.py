@@ -4,38 +4,55 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from parity import forward, generation, loops, operations, training, trajectory
+from parity import finite_differences, forward, generation, loops, operations, training, trajectory
 from parity.cases import RANDOM_MODELS, random_model, with_reference
 from parity.models import MODELS
 from parity.rows import Row
 from parity.stacks import Pair
 
 # On shared inputs, without a model.
-SHARED_LEVELS: dict[str, Callable[[str], Iterator[Row]]] = {
-    "L4": operations.log_probs,
-    "L5": operations.divergences,
-    "L6": operations.advantage,
-    "L7": operations.loss,
-    "L11": loops.whole_runs,
+SHARED_LEVELS: dict[str, tuple[Callable[[str], Iterator[Row]], ...]] = {
+    "L4": (operations.log_probs,),
+    "L5": (operations.divergences,),
+    "L6": (operations.advantage,),
+    "L7": (operations.loss,),
+    "L11": (loops.whole_runs,),
 }
-MODEL_LEVELS: dict[str, Callable[[Pair], Iterator[Row]]] = {
-    "L0": forward.weights,
-    "L2": forward.activations,
-    "L3": forward.logits,
-    "L4": forward.log_probs,
-    "L5": forward.divergences,
-    "L7": training.loss,
-    "L8": training.gradient,
-    "L9": training.optimizer,
-    "L10": trajectory.iterations,
-    "L11": generation.same_tokens,
-    "L12": generation.ratio_is_one,
+MODEL_LEVELS: dict[str, tuple[Callable[[Pair], Iterator[Row]], ...]] = {
+    "L0": (forward.weights,),
+    "L2": (forward.activations,),
+    "L3": (forward.logits,),
+    "L4": (forward.log_probs,),
+    "L5": (forward.divergences,),
+    "L7": (training.loss,),
+    "L8": (training.gradient, finite_differences.gradients),
+    "L9": (training.optimizer,),
+    "L10": (trajectory.iterations,),
+    "L11": (generation.same_tokens,),
+    "L12": (generation.ratio_is_one,),
 }
 LEVELS = sorted(SHARED_LEVELS | MODEL_LEVELS, key=lambda level: int(level[1:]))
-# What an optimizer makes of a gradient does not depend on the family: these run on few of the random models.
-ON_FEW = {"L9": training.EVERY_CASE_ON, "L10": training.EVERY_CASE_ON}
+# What these find does not depend on the family: of the random models they are run on few.
+ON_FEW = {
+    finite_differences.gradients: training.EVERY_CASE_ON,
+    training.optimizer: training.EVERY_CASE_ON,
+    trajectory.iterations: ("llama-tied", "gpt2"),
+}
 # On a checkpoint of the user.
 OF_CHECKPOINT = ("L0", "L2", "L3", "L4", "L5", "L8", "L9", "L12")
+
+
+def shared_rows(level: str, dtype: str) -> Iterator[Row]:
+    """Rows of a level that need no model."""
+    for compared in SHARED_LEVELS.get(level, ()):
+        yield from compared(dtype)
+
+
+def model_rows(level: str, pair: Pair) -> Iterator[Row]:
+    """Rows of a level on one model."""
+    for compared in MODEL_LEVELS.get(level, ()):
+        if pair.case.is_real or pair.case.name in ON_FEW.get(compared, (pair.case.name,)):
+            yield from compared(pair)
 
 
 def climb(
@@ -56,8 +73,7 @@ def climb(
         else:
             pairs = [Pair(with_reference(model, root, is_real=True), dtype)]
         for level in [level for level in known if level in asked]:
-            if level in SHARED_LEVELS and model is None:
-                yield from SHARED_LEVELS[level](dtype)
-            for pair in pairs if level in MODEL_LEVELS else ():
-                if pair.case.is_real or pair.case.name in ON_FEW.get(level, [pair.case.name]):
-                    yield from MODEL_LEVELS[level](pair)
+            if model is None:
+                yield from shared_rows(level, dtype)
+            for pair in pairs:
+                yield from model_rows(level, pair)

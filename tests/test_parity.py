@@ -14,7 +14,7 @@ import torch
 
 from parity import forward
 from parity.cases import random_model
-from parity.ladder import MODEL_LEVELS, SHARED_LEVELS
+from parity.ladder import LEVELS, model_rows, shared_rows
 from parity.rows import compare
 from parity.stacks import Pair
 from ppo_jax.ops.sampling import sample_tokens
@@ -23,7 +23,7 @@ from ppo_torch_ref import model as torch_model
 from ppo_torch_ref import ops as torch_ops
 from ppo_torch_ref import update as torch_update
 
-LADDER = {*MODEL_LEVELS, *SHARED_LEVELS}
+LADDER = set(LEVELS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,8 +159,7 @@ def test_without_a_bug_the_same_levels_are_green(gpt2):
 
 
 def rows_of(level, pair):
-    rows = list(SHARED_LEVELS[level](pair.dtype)) if level in SHARED_LEVELS else []
-    return rows + (list(MODEL_LEVELS[level](pair)) if level in MODEL_LEVELS else [])
+    return [*shared_rows(level, pair.dtype), *model_rows(level, pair)]
 
 
 def test_a_weight_that_is_one_rounding_off_turns_l0_red(gpt2):
