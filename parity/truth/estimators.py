@@ -95,10 +95,11 @@ def in_loss(seen: Seen, *, form: str) -> Any:
     return divergence(seen, form)
 
 
-def in_both(seen: Seen) -> Any:
-    """β KL_t in the loss, β F_t in the reward."""
+def in_both(seen: Seen, *, own_share: float) -> Any:
+    """KL_t in the loss, F_t in the reward; a share of KL_t in the reward is a baseline, for it knows no action."""
     token_kl = divergence(seen, "exact")
-    return policy_loss(seen, -seen.stack.ops.future_kl(seen.stack.frozen(token_kl), seen.mask)) + token_kl
+    frozen_kl = seen.stack.frozen(token_kl)
+    return policy_loss(seen, -seen.stack.ops.future_kl(frozen_kl, seen.mask) - own_share * frozen_kl) + token_kl
 
 
 def in_both_by_rewards(seen: Seen) -> Any:
@@ -113,7 +114,8 @@ def in_both_by_rewards(seen: Seen) -> Any:
 OF_KL: Estimators = {
     "k1 in the reward, whole answer": (partial(in_reward, form="k1", spread=whole), None),
     "k1 in the reward, to go": (partial(in_reward, form="k1", spread=to_go), None),
-    "exact in the loss, of the future in the reward": (in_both, None),
+    "exact in the loss, of the future in the reward": (partial(in_both, own_share=0.0), None),
+    "the same, its own in the reward too": (partial(in_both, own_share=1.0), None),
     "the same, by the rewards of training": (in_both_by_rewards, None),
     "exact in the reward": (partial(in_reward, form="exact", spread=whole), FLOOR),
     "exact in the loss": (partial(in_loss, form="exact"), FLOOR),

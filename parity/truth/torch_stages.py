@@ -1,5 +1,6 @@
 """The stages of `ppo_torch_ref`, run on every possible batch (see `recipes`)."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
@@ -55,8 +56,8 @@ class TorchStages:
         )
         advantages, weights = torch.vmap(partial(_advantages_and_weights, recipe))(*(x[rows] for x in of_batches))
         weights = weights * torch.from_numpy(batch_probabilities(self.log_p, batches))
-        of_rows = [x[rows.flatten()] for x in (*sequences, scored.old_logprobs)]
-        experience = update.Experience(*of_rows, advantages.flatten(0, 1))
+        every_answer = update.Experience(*sequences, scored.old_logprobs, torch.zeros(self.mask.shape))
+        experience = replace(every_answer.rows(rows.flatten()), advantages=advantages.flatten(0, 1))
         objective = update.Objective(
             temperature=TEMPERATURE,
             clip_eps=CLIP_EPS,
