@@ -19,8 +19,8 @@ from ppo_torch_ref import update as torch_update
 
 CASE = Update("exact KL in the loss", kl_in_loss=True)  # ratios are clipped in it too
 # The difference errs by L's rounding over h, which is 1e-16 / 1e-5 = 1e-11 for a loss near 0.1, and by h² / 6 times the
-# third derivative along u: on the random models 5e-10 at h = 1e-4, so 5e-12 here. That is 1e-10 of the largest gradient
-# of these models, which is 0.2 to 0.3; the bound leaves a factor of 100.
+# third derivative along u: on a random model 5e-10 at h = 1e-4, so 5e-12 here. The largest gradient of these models is
+# 0.1 to 1.3 and the largest error 1e-10 of it; the bound leaves a factor of 100.
 STEP = 1e-5
 BOUND = 1e-8  # times the largest gradient of the model
 

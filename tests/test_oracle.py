@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from parity import finite_differences, operations, oracle
+from parity import finite_differences, operations, oracle, oracle_layers, primitives
 from parity.cases import random_model
 from parity.stacks import Pair
+from ppo_jax.models import decoder
 from ppo_jax.ops import advantages, kl, logprobs, losses, masking, rewards
+from ppo_torch_ref import layers as torch_layers
 from ppo_torch_ref import ops as torch_ops
 
 LN2 = math.log(2)
@@ -135,6 +137,43 @@ def test_every_formula_has_an_oracle_of_the_same_arguments(module):
         assert list(inspect.signature(getattr(oracle, formula.__name__)).parameters) == expected
 
 
+# ---------------------------------------------------------------------------- primitives
+
+
+def test_norms():
+    x, gain = np.array([1.0, -7.0, 1.0, 7.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    check(oracle_layers.rms_norm(x, gain, eps=0.0), np.array([1, -14, 3, 28]) / 5)
+    check(oracle_layers.rms_norm(np.zeros(4), gain, eps=1e-3), 0)
+    # Less its mean of 3 it is −1, −1, 1, 1.
+    found = oracle_layers.layer_norm(np.array([2.0, 2.0, 4.0, 4.0]), gain, np.ones(4), eps=3.0)
+    check(found, [0.5, 0, 2.5, 3])
+
+
+def test_activations():
+    found = {name: [f(-2.0), f(0.0), f(2.0)] for name, f in oracle_layers.ACTIVATIONS.items()}
+    logistic, normal = 0.8807970779778823, 0.9772498680518208  # of 2
+    check(found["silu"], [-2 * (1 - logistic), 0, 2 * logistic])
+    check(found["relu"], [0, 0, 2])
+    check(found["gelu"], [-2 * (1 - normal), 0, 2 * normal])
+    assert 5e-5 < found["gelu_tanh"][2] - found["gelu"][2] < 5e-4  # near, but another function
+
+
+def test_a_rotation():
+    """A quarter turn takes (1, 0) to (0, 1); the second pair turns a third as fast, the last channel not at all."""
+    quarter, turned = math.pi / 6, math.pi / 3
+    found = oracle_layers.rotate(np.array([1.0, 3.0, 0.0, 0.0, 9.0]), 3, [quarter, turned / 3], 2.0)
+    check(found, [0, 3, 2, 3 * math.sqrt(3), 9])
+
+
+def test_attention():
+    keys, values = np.array([[1.0, 0.0], [0.0, 5.0]]), np.array([[3.0, 0.0], [0.0, 6.0]])
+    query = np.array([LN2, 0.0])
+    check(oracle_layers.attend(query, keys, values, scale=1.0, softcap=None), [2, 2])
+    # tanh(ln 2 / 2) is 1/3, so the odds are those of e to the power of 2/3.
+    odds = math.exp(2 / 3)
+    check(oracle_layers.attend(query, keys, values, scale=1.0, softcap=2.0), [3 * odds / (1 + odds), 6 / (1 + odds)])
+
+
 # ---------------------------------------------------------------------------- both wrong alike
 
 
@@ -142,7 +181,8 @@ RIGHT = {
     (stack, name): getattr(stack, name)
     for module, name in ((logprobs, "entropy"), (kl, "exact_token_kl"), (rewards, "token_rewards"))
     for stack in (module, torch_ops)
-}
+} | {(stack, "attend"): stack.attend for stack in (decoder, torch_layers)}
+TWIN = {decoder: torch_layers}  # of all others it is `ops`
 
 
 def right(x, module, name):
@@ -174,7 +214,13 @@ def optimistic(policy, old, advantage, *, clip_eps):
     return -stack.maximum(ratio * advantage, stack.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
 
 
+def unscaled(*inputs, scale, softcap):
+    stack = torch_layers if isinstance(inputs[0], torch.Tensor) else decoder
+    return RIGHT[stack, "attend"](*inputs, scale=1.0, softcap=softcap)
+
+
 ALIKE = {
+    "no scale of the scores": (decoder, "attend", unscaled, primitives.primitives),
     "entropy in bits": (logprobs, "entropy", bits, operations.log_probs),
     "reversed KL": (kl, "exact_token_kl", reversed_kl, operations.divergences),
     "KL of the wrong sign": (rewards, "token_rewards", rewarded_kl, operations.advantage),
@@ -190,7 +236,7 @@ def patch(monkeypatch, module, name, mutant):
 @pytest.mark.parametrize("name", ALIKE)
 def test_only_the_oracle_sees_what_both_stacks_do_wrong(monkeypatch, name):
     module, function, mutant, level = ALIKE[name]
-    for stack in (module, torch_ops):
+    for stack in (module, TWIN.get(module, torch_ops)):
         patch(monkeypatch, stack, function, mutant)
     red = [row for row in level("float32") if row.diverged is not None]
     assert red
