@@ -14,7 +14,7 @@ from parity.models import hf_model
 # Of every family the variant in which most of its mathematics is switched on, and the three on which every level runs.
 RANDOM_MODELS = (
     *("llama", "llama-tied", "llama3", "gpt2", "gpt2-scaled", "mistral", "qwen2-yarn", "qwen3", "smollm3-windows"),
-    *("gemma2", "gemma3-linear", "phi3-longrope", "pythia", "olmo2-biases", "starcoder2"),
+    *("gemma2", "gemma3", "phi3-longrope", "pythia", "olmo2-biases", "starcoder2"),
 )
 
 
