@@ -1,0 +1,10 @@
+"""The catalogue of properties: what must hold of the pure functions on any input, in both stacks.
+
+A property is worth having when some plausible bug breaks it; each names such bugs, and they are planted. What is a
+property of the whole system is tested where the system runs: the checkpoint's bitwise round trip, run(N) = run(k) +
+resume + run(N − k) and equal metrics of equal seeds in tests/test_train.py and tests/test_checkpoint.py.
+"""
+
+from parity.properties import advantages, kl, logprobs, losses, masking, sampling
+
+PROPERTIES = tuple(one for topic in (masking, logprobs, kl, advantages, losses, sampling) for one in topic.PROPERTIES)
