@@ -5,6 +5,8 @@ property of the whole system is tested where the system runs: the checkpoint's b
 resume + run(N − k) and equal metrics of equal seeds in tests/test_train.py and tests/test_checkpoint.py.
 """
 
-from parity.properties import advantages, kl, logprobs, losses, masking, sampling
+from parity.properties import advantages, kl, logprobs, losses, masking, models, sampling
 
-PROPERTIES = tuple(one for topic in (masking, logprobs, kl, advantages, losses, sampling) for one in topic.PROPERTIES)
+PROPERTIES = tuple(
+    one for topic in (masking, logprobs, kl, advantages, losses, sampling, models) for one in topic.PROPERTIES
+)

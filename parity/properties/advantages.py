@@ -7,12 +7,20 @@ import numpy as np
 from hypothesis import strategies as st
 
 from parity.properties.draws import answers, drawn, floats, in_sixty_fourths, matrices
+from parity.properties.masking import DDOF_ONE
 from parity.properties.rows import Excess, Property, bug, differ, excess, worst
 from parity.properties.stack import Stack
 
-# Functions of (token rewards, mask) whose baseline is the batch.
-BASELINED = ("batch_mean_advantages", "whitened_batch_mean_advantages", "leave_one_out_to_go_advantages")
 FACTORS = {"discount": 0.9, "gae_lambda": 0.8}
+
+
+def _baselined(ops: Any, rewards: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """Everything whose baseline is the batch."""
+    return (
+        ops.batch_mean_advantages(rewards, mask),
+        ops.whitened_batch_mean_advantages(rewards, mask),
+        ops.leave_one_out_to_go_advantages(rewards, mask),
+    )
 
 
 def _size(*arrays: np.ndarray) -> float:
@@ -76,17 +84,9 @@ def a_constant_on_every_score_changes_no_advantage(
     last = (np.arange(mask.shape[1])[None] == mask.sum(1, keepdims=True) - 1) & mask
     plain, shifted = (np.where(last, scores[:, None] + np.float32(c), np.float32(0)) for c in (0, shift))
     # Multiples of 1/64 are exact up to the division of the mean; whitening divides what is left by 1e-4 at least.
-    bounds = {"whitened_batch_mean_advantages": 1e5}
-    return worst(
-        *(
-            differ(
-                getattr(stack, name)(shifted, mask),
-                getattr(stack, name)(plain, mask),
-                8 * stack.eps * len(mask) * (1 + np.abs(scores).max()) * bounds.get(name, 1.0),
-            )
-            for name in BASELINED
-        )
-    )
+    bounds = 8 * stack.eps * len(mask) * (1 + np.abs(scores).max()) * np.array([1.0, 1e5, 1.0])
+    pairs = zip(stack.run(_baselined, shifted, mask), stack.run(_baselined, plain, mask), bounds, strict=True)
+    return worst(*(differ(x, y, bound) for x, y, bound in pairs))
 
 
 def leave_one_out_is_the_reward_to_go_minus_that_of_the_others(
@@ -109,14 +109,14 @@ def equal_rewards_however_large_give_exactly_zero(stack: Stack, *, value: float,
     last = (np.arange(mask.shape[1])[None] == mask.sum(1, keepdims=True) - 1) & mask
     rewards = np.where(last, np.float32(value), np.float32(0))
     whitened = stack.whiten(np.full(len(mask), np.float32(value)), mask.any(1))
-    return worst(excess(np.abs(whitened)), *(excess(np.abs(getattr(stack, name)(rewards, mask))) for name in BASELINED))
+    return worst(excess(np.abs(whitened)), *(excess(np.abs(x)) for x in stack.run(_baselined, rewards, mask)))
 
 
 def a_batch_of_one_gives_zero(stack: Stack, *, rewards: np.ndarray, length: int) -> Excess:
     mask = np.arange(rewards.shape[1])[None] < length
     return worst(
         excess(np.abs(stack.whiten(rewards[:, 0], mask[:, 0]))),
-        *(excess(np.abs(getattr(stack, name)(rewards, mask))) for name in BASELINED),
+        *(excess(np.abs(x)) for x in stack.run(_baselined, rewards, mask)),
     )
 
 
@@ -354,18 +354,7 @@ PROPERTIES = (
         whitened_elements_have_mean_zero_and_variance_one,
         st.builds(lambda case, scale: case | {"scale": scale}, answers("x"), st.sampled_from([1.0, 1e-4])),
         [
-            *bug(
-                "ddof 1",
-                "masked_var",
-                (
-                    "masked_mean(masked_center(x, mask) ** 2, mask)",
-                    "masked_sum(masked_center(x, mask) ** 2, mask) / jnp.maximum(masked_count(mask, dtype=x.dtype) - 1, 1)",
-                ),
-                (
-                    "masked_mean(masked_center(x, mask) ** 2, mask)",
-                    "masked_sum(masked_center(x, mask) ** 2, mask) / (masked_count(mask, dtype=x.dtype) - 1).clamp(min=1)",
-                ),
-            ),
+            *DDOF_ONE,
             *bug(
                 "epsilon outside of the root",
                 "whiten",

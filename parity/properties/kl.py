@@ -51,9 +51,8 @@ def _kl_and_its_rounding(
 
 def kl_of_equal_rows_is_exactly_zero(stack: Stack, *, logits: np.ndarray) -> Excess:
     """Of its gradient with respect to the policy too."""
-    pair = (logits, logits)
-    gradient = stack.gradients(EXACT_KL, *pair, temperature=0.7)[0]
-    return worst(excess(np.abs(stack.exact_token_kl(*pair, temperature=0.7))), excess(np.abs(gradient)))
+    kl, (gradient, _) = stack.differentiate(EXACT_KL, logits, logits, temperature=0.7)
+    return worst(excess(np.abs(kl)), excess(np.abs(gradient)))
 
 
 def kl_ignores_a_constant_per_row(stack: Stack, *, logits: np.ndarray, ref_logits: np.ndarray, shift: float) -> Excess:
@@ -75,8 +74,7 @@ def kl_ignores_the_order_of_the_vocabulary(
 
 
 def kl_is_finite_for_logits_of_ten_thousand(stack: Stack, *, logits: np.ndarray, ref_logits: np.ndarray) -> Excess:
-    ours = stack.exact_token_kl(logits, ref_logits, temperature=1.0)
-    gradients = stack.gradients(EXACT_KL, logits, ref_logits, temperature=1.0)
+    ours, gradients = stack.differentiate(EXACT_KL, logits, ref_logits, temperature=1.0)
     return worst(
         differ(ours, *_kl_and_its_rounding(stack, logits, ref_logits)), *(forbid(~np.isfinite(x)) for x in gradients)
     )
@@ -85,14 +83,14 @@ def kl_is_finite_for_logits_of_ten_thousand(stack: Stack, *, logits: np.ndarray,
 def kl_of_an_impossible_token_is_defined(
     stack: Stack, *, logits: np.ndarray, ref_logits: np.ndarray, floor: float
 ) -> Excess:
-    """Impossible for both: it adds nothing, to value or gradient. For the reference alone: huge or infinite, not NaN."""
+    """For both it adds nothing, to value or gradient; for the reference alone it is huge or infinite, not NaN."""
     banned = np.arange(VOCAB) == 2
     both = np.where(banned, np.float32(floor), logits), np.where(banned, np.float32(floor), ref_logits)
     kept = logits[:, ~banned], ref_logits[:, ~banned]
-    gradient = stack.gradients(EXACT_KL, *both, temperature=1.0)[0]
+    kl, (gradient, _) = stack.differentiate(EXACT_KL, *both, temperature=1.0)
     alone = stack.exact_token_kl(logits, both[1], temperature=1.0)
     return worst(
-        differ(stack.exact_token_kl(*both, temperature=1.0), *_kl_and_its_rounding(stack, *kept)),
+        differ(kl, *_kl_and_its_rounding(stack, *kept)),
         excess(np.abs(gradient[:, banned])),
         forbid(~np.isfinite(gradient)),
         forbid(~(alone > 1e30)),

@@ -51,8 +51,7 @@ def at_ratio_one_the_gradient_is_the_policy_gradient(
     stack: Stack, *, policy: np.ndarray, advantages: np.ndarray, mask: np.ndarray
 ) -> Excess:
     """Exactly: d(−r A)/d log π = −A."""
-    gradient, _, _ = stack.gradients(POLICY_LOSS, policy, policy, advantages, clip_eps=EPS)
-    loss = stack.clipped_policy_loss(policy, policy, advantages, clip_eps=EPS)
+    loss, (gradient, *_) = stack.differentiate(POLICY_LOSS, policy, policy, advantages, clip_eps=EPS)
     return worst(differ(gradient, -advantages), differ(loss, -advantages))
 
 
@@ -71,7 +70,7 @@ def the_gradient_is_zero_exactly_where_clipping_must_act(
     ratio = _ratio(policy, old)
     must_act = ((advantages > 0) & (ratio > 1 + EPS)) | ((advantages < 0) & (ratio < 1 - EPS))
     on_an_edge = np.minimum(np.abs(ratio - 1 - EPS), np.abs(ratio - 1 + EPS)) < 1e-4  # either side is right
-    gradient, _, _ = stack.gradients(POLICY_LOSS, policy, old, advantages, clip_eps=EPS)
+    _, (gradient, *_) = stack.differentiate(POLICY_LOSS, policy, old, advantages, clip_eps=EPS)
     acts = stack.clipping_acts(policy, old, advantages, clip_eps=EPS)
     expected = np.where(must_act, 0.0, -ratio * advantages)
     rounding = np.where(must_act, 0.0, _rounding(stack, policy, old, advantages))
@@ -92,14 +91,11 @@ def the_loss_is_linear_in_the_scale_of_the_advantages(
     stack: Stack, *, policy: np.ndarray, old: np.ndarray, advantages: np.ndarray, mask: np.ndarray, scale: float
 ) -> Excess:
     """By powers of two, so exactly; its gradient too."""
-    scaled, plain = (
-        (
-            stack.clipped_policy_loss(policy, old, x, clip_eps=EPS),
-            stack.gradients(POLICY_LOSS, policy, old, x, clip_eps=EPS)[0],
-        )
+    (loss, (gradient, *_)), (base, (base_gradient, *_)) = (
+        stack.differentiate(POLICY_LOSS, policy, old, x, clip_eps=EPS)
         for x in (np.float32(scale) * advantages, advantages)
     )
-    return worst(*(differ(x, scale * y.astype(np.float64)) for x, y in zip(scaled, plain, strict=True)))
+    return worst(differ(loss, scale * base), differ(gradient, scale * base_gradient))
 
 
 def extreme_log_ratios_stay_finite(stack: Stack, *, old: np.ndarray, signs: np.ndarray, mask: np.ndarray) -> Excess:
@@ -108,8 +104,7 @@ def extreme_log_ratios_stay_finite(stack: Stack, *, old: np.ndarray, signs: np.n
     advantages = np.sign(signs)
     distant = old - 200
     policy = distant + np.where(np.abs(signs) > 4, extreme, -extreme)
-    loss = stack.clipped_policy_loss(policy, distant, advantages, clip_eps=EPS)
-    gradient, _, _ = stack.gradients(POLICY_LOSS, policy, distant, advantages, clip_eps=EPS)
+    loss, (gradient, *_) = stack.differentiate(POLICY_LOSS, policy, distant, advantages, clip_eps=EPS)
     ratio = _ratio(policy, distant)
     expected = -np.minimum(ratio * advantages, ratio.clip(1 - EPS, 1 + EPS) * advantages)
     # The difference of two log-probs is as exact as they are, and the ratio is exp of it.
@@ -122,8 +117,7 @@ def the_value_loss_is_pessimistic_and_stops_where_it_is_clipped(
     values, old, returns = (x.astype(np.float64) for x in (values, old, returns))
     clipped = old + (values - old).clip(-EPS, EPS)
     plain_square, clipped_square = (values - returns) ** 2, (clipped - returns) ** 2
-    ours = stack.clipped_value_loss(values, old, returns, clip_eps=EPS)
-    gradient, _, _ = stack.gradients(op("clipped_value_loss"), values, old, returns, clip_eps=EPS)
+    ours, (gradient, *_) = stack.differentiate(op("clipped_value_loss"), values, old, returns, clip_eps=EPS)
     size = 1 + np.abs(values) + np.abs(old) + np.abs(returns)
     decided = (np.abs(np.abs(values - old) - EPS) > 1e-3) & (
         (np.abs(plain_square - clipped_square) > 1e-2) | (np.abs(values - old) < EPS)
@@ -156,15 +150,16 @@ def weights_add_up_to_what_they_name(stack: Stack, *, policy: np.ndarray, mask: 
     return worst(*found)
 
 
-def an_all_false_mask_gives_zero_and_zero_gradients(
-    stack: Stack, *, policy: np.ndarray, normaliser: str, poison: float
-) -> Excess:
+def an_all_false_mask_gives_zero_and_zero_gradients(stack: Stack, *, policy: np.ndarray, poison: float) -> Excess:
+    """Under every normaliser, whatever the values; also of `weighted_sum` alone."""
     nothing, dirty = np.zeros(policy.shape, bool), np.full_like(policy, poison)
-    inputs = (dirty, dirty, dirty, nothing)
-    loss = stack.run(minibatch_loss, *inputs, normaliser=normaliser)
-    gradients = stack.gradients(minibatch_loss, *inputs, normaliser=normaliser)
-    alone = stack.weighted_sum(dirty, stack.run(_normaliser_weights, policy, nothing, normaliser=normaliser))
-    return worst(*(excess(np.abs(x)) for x in (loss, alone, *gradients)))
+    found = []
+    for normaliser in NORMALISERS:
+        loss, gradients = stack.differentiate(minibatch_loss, dirty, dirty, dirty, nothing, normaliser=normaliser)
+        weights = stack.run(_normaliser_weights, policy, nothing, normaliser=normaliser)
+        alone, (gradient, _) = stack.differentiate(op("weighted_sum"), dirty, weights)
+        found += [excess(np.abs(x)) for x in (loss, *gradients, weights, alone, gradient)]
+    return worst(*found)
 
 
 def masked_values_change_neither_loss_nor_gradient(
@@ -180,12 +175,13 @@ def masked_values_change_neither_loss_nor_gradient(
     """Whatever lies under the padding of log-probs, old log-probs and advantages, NaN and 1e30 too."""
     clean = (policy, old, advantages)
     dirty = tuple(np.where(mask, x, np.float32(poison)) for x in clean)
-    losses = [stack.run(minibatch_loss, *x, mask, normaliser=normaliser) for x in (clean, dirty)]
-    gradients = [stack.gradients(minibatch_loss, *x, mask, normaliser=normaliser) for x in (clean, dirty)]
+    (loss, gradients), (expected, expected_gradients) = (
+        stack.differentiate(minibatch_loss, *x, mask, normaliser=normaliser) for x in (dirty, clean)
+    )
     return worst(
-        differ(losses[1], losses[0]),
-        *(differ(x, y) for x, y in zip(*gradients, strict=True)),
-        *(excess(np.abs(x[~mask])) for x in gradients[1]),
+        differ(loss, expected),
+        *(differ(x, y) for x, y in zip(gradients, expected_gradients, strict=True)),
+        *(excess(np.abs(x[~mask])) for x in gradients),
     )
 
 
@@ -210,14 +206,13 @@ def any_partition_adds_up_to_the_whole(
 ) -> Excess:
     """The weights are those of the minibatch; its micro-batches then add up, in value and gradient."""
     reduce = stack.run(_normaliser_weights, policy, mask, normaliser=normaliser)
-    inputs = tuple(np.where(mask, x, 0) for x in (policy, old, advantages)) + (reduce,)
-    whole, (gradient, *_) = stack.run(_weighted, *inputs), stack.gradients(_weighted, *inputs)
+    inputs = (*(np.where(mask, x, 0) for x in (policy, old, advantages)), reduce)
+    whole, (gradient, *_) = stack.differentiate(_weighted, *inputs)
     edges = [0, *sorted(cuts), len(mask)]
-    parts = [tuple(x[a:b] for x in inputs) for a, b in itertools.pairwise(edges)]
-    total = sum(float(stack.run(_weighted, *part)) for part in parts)
-    gradients = np.concatenate([stack.gradients(_weighted, *part)[0] for part in parts])
+    parts = [stack.differentiate(_weighted, *(x[a:b] for x in inputs)) for a, b in itertools.pairwise(edges)]
+    gradients = np.concatenate([part_gradient for _, (part_gradient, *_) in parts])
     return worst(
-        differ(total, whole, 8 * stack.eps * _loss_size(policy, old, advantages, mask)),
+        differ(sum(float(loss) for loss, _ in parts), whole, 8 * stack.eps * _loss_size(policy, old, advantages, mask)),
         differ(gradients, gradient, 4 * stack.eps * np.abs(gradient)),
     )
 
@@ -332,7 +327,7 @@ PROPERTIES = (
     ),
     Property(
         an_all_false_mask_gives_zero_and_zero_gradients,
-        drawn(policy=matrices(SHAPES[0], 4.0), normaliser=NORMALISER, poison=POISON),
+        drawn(policy=matrices(SHAPES[0], 4.0), poison=POISON),
         [
             *bug(
                 "divided by no tokens",

@@ -42,7 +42,7 @@ def masked_elements_have_no_gradient_and_change_no_other(
     dirty = np.where(mask, x, np.float32(poison))
     found = []
     for name in REDUCTIONS:
-        (clean,), (gradient,) = (stack.gradients(op(name), values, mask) for values in (x, dirty))
+        (clean,), (gradient,) = (stack.differentiate(op(name), values, mask)[1] for values in (x, dirty))
         found += [excess(np.abs(gradient[~mask]))] * (name != "masked_max" or bool(mask.any()))
         found += [differ(gradient, clean)] * bool(mask.any())
     return worst(*found)
@@ -84,6 +84,14 @@ MULTIPLIED = bug(
     ("jnp.zeros((), x.dtype)", "0 * x"),
     ("torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))", "x * mask.to(x.dtype)"),
 )
+MEAN_OF_SQUARES = "masked_mean(masked_center(x, mask) ** 2, mask)"
+SUM_OF_SQUARES = "masked_sum(masked_center(x, mask) ** 2, mask)"
+DDOF_ONE = bug(
+    "ddof 1",
+    "masked_var",
+    (MEAN_OF_SQUARES, f"{SUM_OF_SQUARES} / jnp.maximum(masked_count(mask, dtype=x.dtype) - 1, 1)"),
+    (MEAN_OF_SQUARES, f"{SUM_OF_SQUARES} / (masked_count(mask, dtype=x.dtype) - 1).clamp(min=1)"),
+)
 
 PROPERTIES = (
     Property(
@@ -96,18 +104,7 @@ PROPERTIES = (
                 ("masked_count(mask, axis=axis", "masked_count(jnp.ones_like(mask), axis=axis"),
                 ("masked_count(mask, axis=axis", "masked_count(torch.ones_like(mask), axis=axis"),
             ),
-            *bug(
-                "ddof 1",
-                "masked_var",
-                (
-                    "masked_mean(masked_center(x, mask) ** 2, mask)",
-                    "masked_sum(masked_center(x, mask) ** 2, mask) / jnp.maximum(masked_count(mask, dtype=x.dtype) - 1, 1)",
-                ),
-                (
-                    "masked_mean(masked_center(x, mask) ** 2, mask)",
-                    "masked_sum(masked_center(x, mask) ** 2, mask) / (masked_count(mask, dtype=x.dtype) - 1).clamp(min=1)",
-                ),
-            ),
+            *DDOF_ONE,
         ],
     ),
     Property(masked_elements_have_no_gradient_and_change_no_other, drawn(**MASKED, poison=POISON), MULTIPLIED),
@@ -127,7 +124,7 @@ PROPERTIES = (
         bug(
             "mean of squares minus square of the mean",
             "masked_var",
-            ("masked_mean(masked_center(x, mask) ** 2, mask)", "masked_mean(x**2, mask) - masked_mean(x, mask) ** 2"),
+            (MEAN_OF_SQUARES, "masked_mean(x**2, mask) - masked_mean(x, mask) ** 2"),
         ),
     ),
     Property(

@@ -1,7 +1,6 @@
 """The kept sets of top-k and top-p, and the inverse CDF."""
 
 import itertools
-from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from parity.properties.stack import Stack
 
 BATCH, VOCAB = 3, 23
 REAL_VOCAB = 151_936
-TOP_P = (0.0, 0.1, 0.5, 0.9, 0.99)
+TOP_P = (0.5, 0.9)
 
 
 def _kept(
@@ -37,7 +36,7 @@ def the_kept_set_reaches_p_and_loses_it_without_its_least_likely_token(
         without = np.where(kept & (probs > smallest * (1 + 1e-6)), probs, 0).sum(-1)
         found += [
             excess(top_p - np.where(kept, probs, 0).sum(-1), 1e-5),
-            excess((without - top_p) * (top_p > 0), 1e-5),
+            excess(without - top_p, 1e-5),
             forbid(~kept & (probs > smallest * (1 + 1e-6))),
         ]
     return worst(*found)
@@ -48,8 +47,7 @@ def the_likeliest_token_is_never_dropped(stack: Stack, *, logits: np.ndarray, to
     likeliest = logits == logits.max(-1, keepdims=True)
     only = _kept(stack, logits, top_p=0.0, top_k=top_k)
     close = np.exp(log_softmax(logits) - log_softmax(logits).max(-1, keepdims=True)) > 1 - 1e-5
-    others = [_kept(stack, logits, top_p=p, top_k=top_k) for p in TOP_P]
-    return worst(forbid(only & ~close), *(forbid(~(kept & likeliest).any(-1)) for kept in (only, *others)))
+    return worst(forbid(only & ~close), forbid(~(only & likeliest).any(-1)))
 
 
 def p_of_one_and_k_of_zero_or_all_cut_nothing(stack: Stack, *, logits: np.ndarray) -> Excess:
@@ -63,7 +61,7 @@ def p_of_one_and_k_of_zero_or_all_cut_nothing(stack: Stack, *, logits: np.ndarra
 
 def a_larger_p_or_k_never_keeps_fewer_tokens(stack: Stack, *, logits: np.ndarray) -> Excess:
     by_p = [_kept(stack, logits, top_p=p) for p in (*TOP_P, 1.0)]
-    by_k = [_kept(stack, logits, top_k=k) for k in (1, 2, 7, VOCAB)]
+    by_k = [_kept(stack, logits, top_k=k) for k in (2, 7)]
     return worst(*(forbid(less & ~more) for kept in (by_p, by_k) for less, more in itertools.pairwise(kept)))
 
 
@@ -136,11 +134,16 @@ def frequencies_follow_the_renormalised_probabilities(stack: Stack) -> Excess:
 # ---------------------------------------------------------------------------- cases and mutants
 
 BELOW_ONE = float(np.float32(1 - 2**-24))
-UNIFORMS = arrays(np.float32, BATCH, elements=st.floats(0, BELOW_ONE, width=32, allow_subnormal=False))
+UNIFORMS = arrays(np.float32, BATCH, elements=st.floats(0, BELOW_ONE, width=32, allow_subnormal=False)) | st.just(
+    np.array([0, 0.5, BELOW_ONE], np.float32)
+)
 LOGITS = logits(1.0, 8.0, shape=(BATCH, VOCAB))
 TOP_P_EDGE = "edge = jnp.minimum(edge, jnp.max(probs, axis=-1, keepdims=True))"
 TOP_P_KEEPS = f"{TOP_P_EDGE}\n        probs = jnp.where(probs >= edge"
-TWIN_KEEPS = "edge = descending.gather(-1, reached.int().argmax(-1, keepdim=True))\n        probs = zero_masked(probs, probs >= edge"
+TWIN_KEEPS = (
+    "edge = descending.gather(-1, reached.int().argmax(-1, keepdim=True))\n"
+    "        probs = zero_masked(probs, probs >= edge"
+)
 STRICT_EDGE = bug(
     "edge of top-p left out",
     "truncated_weights",
@@ -203,7 +206,7 @@ PROPERTIES = (
         drawn(
             weights=arrays(np.float32, (BATCH, VOCAB), elements=st.floats(0, 1, width=32, allow_subnormal=False)),
             uniforms=UNIFORMS,
-            size=st.sampled_from([1, 2, 16, VOCAB]),
+            size=st.sampled_from([2, VOCAB]),
         ),
         [
             Mutant(
@@ -228,7 +231,7 @@ PROPERTIES = (
         the_inverse_cdf_holds_on_a_real_vocabulary,
         drawn(
             kind=st.sampled_from(["flat", "steep", "one huge", "sparse"]),
-            uniforms=UNIFORMS | st.just(np.array([0, 0.5, BELOW_ONE], np.float32)),
+            uniforms=UNIFORMS,
             seed=st.integers(0, 2**31),
         ),
         [
@@ -237,7 +240,7 @@ PROPERTIES = (
                 "ppo_jax.ops.sampling:inverse_cdf",
                 "    return jnp.minimum(block * width + _first_exceeding(chosen, rest)[0], vocab - 1)",
                 "    plain = jnp.cumsum(weights, axis=-1)\n"
-                "    return jnp.argmax(plain > (uniforms * plain[:, -1])[:, None], axis=-1)",
+                "    return jnp.sum(plain <= (uniforms * plain[:, -1])[:, None], axis=-1)",
             ),
             Mutant(
                 "a sum in half precision",

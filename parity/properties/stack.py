@@ -1,10 +1,11 @@
 """The pure functions of both stacks behind one interface: NumPy in, NumPy out, in a chosen dtype."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,38 +19,28 @@ from ppo_torch_ref import ops as torch_ops
 Composition = Callable[..., Any]
 
 
-class Stack(Protocol):
+@dataclass(frozen=True)
+class Stack(ABC):
     """Either stack in one dtype. `stack.k1(x, y)` is its function k1, of and as NumPy arrays."""
 
     name: str
     dtype: str
 
     @property
-    def eps(self) -> float: ...
-
-    def __getattr__(self, name: str) -> Callable[..., Any]: ...
-
-    def run(self, composition: Composition, *arrays: Any, **fixed: Any) -> Any:
-        """What the composition gives; floats in the dtype of the stack, masks and integers as they are."""
-        ...
-
-    def gradients(self, composition: Composition, *arrays: Any, **fixed: Any) -> list[np.ndarray]:
-        """Gradient of the sum of its elements with respect to every array of floats, in their order."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Stack:
-    name: str
-    dtype: str
-
-    @property
     def eps(self) -> float:
-        """Distance from 1 to the next number; every bound is a multiple of it."""
+        """Distance from 1 to the next number; bounds are multiples of it."""
         return float(np.finfo(self.dtype).eps)
 
+    @abstractmethod
+    def run(self, composition: Composition, *arrays: Any, **fixed: Any) -> Any:
+        """What the composition gives; floats in the dtype of the stack, masks and integers as they are."""
+
+    @abstractmethod
+    def differentiate(self, composition: Composition, *arrays: Any, **fixed: Any) -> tuple[Any, list[np.ndarray]]:
+        """What it gives, and the gradient of the sum of that with respect to every array of floats, in their order."""
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self.run, op(name))  # pyright: ignore[reportAttributeAccessIssue]
+        return partial(self.run, op(name))
 
     def _cast(self, x: Any) -> np.ndarray:
         x = np.array(x)
@@ -74,7 +65,7 @@ JAX_OPS = SimpleNamespace(
 )
 
 
-class JaxStack(_Stack):
+class JaxStack(Stack):
     """`ppo_jax.ops`, compiled once per composition, shapes and keyword arguments."""
 
     def run(self, composition: Composition, *arrays: Any, **fixed: Any) -> Any:
@@ -82,26 +73,28 @@ class JaxStack(_Stack):
             result = _compiled(composition, tuple(fixed), ())(*map(jnp.asarray, map(self._cast, arrays)), **fixed)
             return jax.tree.map(np.asarray, result)
 
-    def gradients(self, composition: Composition, *arrays: Any, **fixed: Any) -> list[np.ndarray]:
+    def differentiate(self, composition: Composition, *arrays: Any, **fixed: Any) -> tuple[Any, list[np.ndarray]]:
         cast = [self._cast(x) for x in arrays]
         floats = tuple(i for i, x in enumerate(cast) if x.dtype.kind == "f")
         with jax.enable_x64(self.dtype == "float64"):
-            gradients = _compiled(composition, tuple(fixed), floats)(*map(jnp.asarray, cast), **fixed)
-            return [np.asarray(x) for x in gradients]
+            gradients, value = _compiled(composition, tuple(fixed), floats)(*map(jnp.asarray, cast), **fixed)
+            return np.asarray(value), [np.asarray(x) for x in gradients]
 
 
 @cache
 def _compiled(composition: Composition, fixed: tuple[str, ...], differentiated: tuple[int, ...]) -> Any:
-    """The composition with JAX's functions, or its gradients with respect to some of its arrays."""
+    """The composition with JAX's functions; or its gradients with respect to some of its arrays, and what it gives."""
 
     def total(*arrays, **keywords):
-        return jnp.sum(composition(JAX_OPS, *arrays, **keywords))
+        value = composition(JAX_OPS, *arrays, **keywords)
+        return jnp.sum(value), value
 
-    function = jax.grad(total, argnums=differentiated) if differentiated else partial(composition, JAX_OPS)
+    plain = partial(composition, JAX_OPS)
+    function = jax.grad(total, argnums=differentiated, has_aux=True) if differentiated else plain
     return jax.jit(function, static_argnames=fixed)
 
 
-class TorchStack(_Stack):
+class TorchStack(Stack):
     """`ppo_torch_ref.ops`."""
 
     def run(self, composition: Composition, *arrays: Any, **fixed: Any) -> Any:
@@ -109,11 +102,13 @@ class TorchStack(_Stack):
             result = composition(torch_ops, *(torch.from_numpy(self._cast(x)) for x in arrays), **fixed)
         return tuple(x.numpy() for x in result) if isinstance(result, tuple) else result.numpy()
 
-    def gradients(self, composition: Composition, *arrays: Any, **fixed: Any) -> list[np.ndarray]:
+    def differentiate(self, composition: Composition, *arrays: Any, **fixed: Any) -> tuple[Any, list[np.ndarray]]:
         tensors = [torch.from_numpy(self._cast(x)) for x in arrays]
         floats = [x.requires_grad_() for x in tensors if x.is_floating_point()]
-        composition(torch_ops, *tensors, **fixed).sum().backward()
-        return [torch.zeros_like(x).numpy() if x.grad is None else x.grad.numpy() for x in floats]
+        value = composition(torch_ops, *tensors, **fixed)
+        value.sum().backward()
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in floats]
+        return value.detach().numpy(), [x.numpy() for x in gradients]
 
 
 DTYPES = ("float32", "float64")
