@@ -5,8 +5,7 @@ property of the whole system is tested where the system runs: the checkpoint's b
 resume + run(N − k) and equal metrics of equal seeds in tests/test_train.py and tests/test_checkpoint.py.
 """
 
-from parity.properties import advantages, kl, logprobs, losses, masking, models, sampling
+from parity.properties import advantages, controllers, gae, kl, logprobs, losses, masking, models, rewards, sampling
 
-PROPERTIES = tuple(
-    one for topic in (masking, logprobs, kl, advantages, losses, sampling, models) for one in topic.PROPERTIES
-)
+TOPICS = (masking, logprobs, models, kl, controllers, rewards, advantages, gae, losses, sampling)
+PROPERTIES = tuple(one for topic in TOPICS for one in topic.PROPERTIES)

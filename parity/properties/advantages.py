@@ -1,4 +1,4 @@
-"""Token rewards and advantages."""
+"""Advantages whose baseline is the batch."""
 
 import math
 from typing import Any
@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from parity.properties.draws import answers, drawn, floats, in_sixty_fourths, matrices
+from parity.properties.draws import answers, drawn, floats, in_sixty_fourths, matrices, poisoned, size_of
 from parity.properties.masking import DDOF_ONE
 from parity.properties.rows import Excess, Property, bug, differ, excess, worst
 from parity.properties.stack import Stack
-
-FACTORS = {"discount": 0.9, "gae_lambda": 0.8}
 
 
 def _baselined(ops: Any, rewards: Any, mask: Any) -> tuple[Any, Any, Any]:
@@ -23,44 +21,11 @@ def _baselined(ops: Any, rewards: Any, mask: Any) -> tuple[Any, Any, Any]:
     )
 
 
-def _size(*arrays: np.ndarray) -> float:
-    """A bound on every sum of what is in the arrays."""
-    return sum(float(np.abs(x).sum()) for x in arrays)
-
-
-# ---------------------------------------------------------------------------- token rewards
-
-
-def rewards_add_up_to_the_score_minus_the_penalty(
-    stack: Stack, *, scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, kl_coef: float, poison: float
-) -> Excess:
-    """The score sits on the last response token, and every later sum has it; the penalty on each token is its own."""
-    ours = stack.token_rewards(scores, np.where(mask, kl, np.float32(poison)), mask, kl_coef=kl_coef)
-    length = mask.sum(1)
-    is_last = (np.arange(mask.shape[1])[None] == length[:, None] - 1) & mask
-    expected = np.where(is_last, scores[:, None].astype(np.float64), 0) - kl_coef * np.where(mask, kl, 0)
-    return differ(ours, expected, 4 * stack.eps * (1 + kl_coef) * _size(scores, kl))
-
-
-def exact_kl_rewards_to_go_are_the_score_minus_the_later_kl(
-    stack: Stack, *, scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, kl_coef: float, poison: float
-) -> Excess:
-    ours = stack.exact_kl_token_rewards(scores, np.where(mask, kl, np.float32(poison)), mask, kl_coef=kl_coef)
-    to_go = ours.astype(np.float64)[:, ::-1].cumsum(1)[:, ::-1]
-    kl_to_go = np.where(mask, kl, 0).astype(np.float64)[:, ::-1].cumsum(1)[:, ::-1]
-    expected = np.where(mask, scores[:, None] - kl_coef * (kl_to_go - np.where(mask, kl, 0)), 0)
-    bound = 8 * stack.eps * (1 + kl_coef) * _size(scores, kl)
-    return worst(differ(np.where(mask, to_go, 0), expected, bound), excess(np.abs(ours[~mask])))
-
-
-# ---------------------------------------------------------------------------- baselines of the batch
-
-
 def batch_mean_advantages_are_centred(stack: Stack, *, rewards: np.ndarray, mask: np.ndarray) -> Excess:
     """Over the answers that there are, and the same on all tokens of one."""
     ours = stack.batch_mean_advantages(rewards, mask)
     answered = mask.any(1)
-    bound = 8 * stack.eps * _size(rewards)
+    bound = 8 * stack.eps * size_of(rewards)
     return worst(
         differ(ours[answered, 0].astype(np.float64).sum(), 0.0, bound * len(mask)),
         differ(ours, np.where(mask, ours[:, :1], 0)),
@@ -73,7 +38,7 @@ def batch_mean_advantages_keep_the_differences_of_totals(
     ours = stack.batch_mean_advantages(np.where(mask, rewards, np.float32(poison)), mask)
     totals = np.where(mask, rewards, 0).astype(np.float64).sum(1)
     mean = totals[mask.any(1)].mean() if mask.any() else 0.0
-    return differ(ours, np.where(mask, (totals - mean)[:, None], 0), 8 * stack.eps * _size(rewards))
+    return differ(ours, np.where(mask, (totals - mean)[:, None], 0), 8 * stack.eps * size_of(rewards))
 
 
 def a_constant_on_every_score_changes_no_advantage(
@@ -101,7 +66,7 @@ def leave_one_out_is_the_reward_to_go_minus_that_of_the_others(
     for b, t in np.argwhere(mask):
         others = [other for other in np.flatnonzero(mask.any(1)) if other != b]
         expected[b, t] = held[b, t] - held[others, t].mean() if others else 0.0
-    return differ(ours, expected, 16 * stack.eps * _size(rewards))
+    return differ(ours, expected, 16 * stack.eps * size_of(rewards))
 
 
 def equal_rewards_however_large_give_exactly_zero(stack: Stack, *, value: float, mask: np.ndarray) -> Excess:
@@ -151,81 +116,7 @@ def whitened_elements_have_mean_zero_and_variance_one(
     )
 
 
-# ---------------------------------------------------------------------------- GAE
-
-
-def _to_go(x: np.ndarray, factor: float) -> np.ndarray:
-    """Σ_{t' >= t} factor^(t' − t) x_t', in float64."""
-    total, out = np.zeros(len(x)), np.zeros(x.shape)
-    for t in reversed(range(x.shape[1])):
-        total = out[:, t] = x[:, t] + factor * total
-    return out
-
-
-def _td_errors(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, discount: float) -> np.ndarray:
-    rewards, values = (np.where(mask, x, 0).astype(np.float64) for x in (rewards, values))
-    return rewards + discount * np.pad(values[:, 1:], ((0, 0), (0, 1))) - values
-
-
-def lambda_zero_is_the_td_error(stack: Stack, *, rewards: np.ndarray, values: np.ndarray, mask: np.ndarray) -> Excess:
-    ours, _ = stack.gae_advantages(rewards, values, mask, discount=0.9, gae_lambda=0.0)
-    expected = np.where(mask, _td_errors(rewards, values, mask, 0.9), 0)
-    return differ(ours, expected, 4 * stack.eps * _size(rewards, values))
-
-
-def lambda_one_is_the_reward_to_go_minus_the_value(
-    stack: Stack, *, rewards: np.ndarray, values: np.ndarray, mask: np.ndarray
-) -> Excess:
-    ours, returns = stack.gae_advantages(rewards, values, mask, discount=0.9, gae_lambda=1.0)
-    to_go = np.where(mask, _to_go(np.where(mask, rewards, 0), 0.9), 0)
-    bound = 8 * stack.eps * _size(rewards, values)
-    return worst(differ(returns, to_go, bound), differ(ours, to_go - np.where(mask, values, 0), bound))
-
-
-def gae_is_its_recursion(
-    stack: Stack, *, rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, poison: float
-) -> Excess:
-    """A scan in one stack, a loop in the other; what lies behind an answer's last token never reaches it."""
-    dirty = (np.where(mask, x, np.float32(poison)) for x in (rewards, values))
-    advantages, returns = stack.gae_advantages(*dirty, mask, **FACTORS)
-    expected = np.where(mask, _to_go(_td_errors(rewards, values, mask, 0.9), 0.9 * 0.8), 0)
-    bound = 8 * stack.eps * _size(rewards, values)
-    return worst(differ(advantages, expected, bound), differ(returns, np.where(mask, expected + values, 0), bound))
-
-
-def gae_is_linear(
-    stack: Stack,
-    *,
-    rewards: np.ndarray,
-    values: np.ndarray,
-    more_rewards: np.ndarray,
-    more_values: np.ndarray,
-    mask: np.ndarray,
-) -> Excess:
-    """In rewards and values together."""
-
-    def advantages(rewards, values):
-        return stack.gae_advantages(rewards, values, mask, **FACTORS)[0].astype(np.float64)
-
-    double = np.float64(2)
-    combined = advantages(double * rewards + more_rewards, double * values + more_values)
-    bound = 16 * stack.eps * _size(rewards, values, more_rewards, more_values)
-    return differ(combined, 2 * advantages(rewards, values) + advantages(more_rewards, more_values), bound)
-
-
 # ---------------------------------------------------------------------------- cases and mutants
-
-POISON = st.sampled_from([math.nan, 1e30])
-
-
-def poisoned(cases: Any) -> Any:
-    return st.builds(lambda case, poison: case | {"poison": poison}, cases, POISON)
-
-
-@st.composite
-def scored_answers(draw) -> dict[str, Any]:
-    case = draw(answers("kl"))
-    return case | {"scores": draw(matrices(case["mask"].shape[:1], 8.0)), "kl_coef": draw(st.sampled_from([0.0, 0.5]))}
 
 
 @st.composite
@@ -234,38 +125,10 @@ def answers_with_scores(draw) -> dict[str, Any]:
     return {"mask": mask, "scores": draw(matrices(mask.shape[:1], 8.0))}
 
 
-REWARDS, GAE = answers("rewards"), answers("rewards", "values")
-NO_MASK = ("masking.zero_masked(values, response_mask)", "values"), ("zero_masked(values, response_mask)", "values")
+REWARDS = answers("rewards")
 ANSWERED = "jnp.any(response_mask, axis=1)", "response_mask.any(dim=1)"
-LAST_COLUMN = bug(
-    "score on the last column, a pad",
-    "last_position",
-    ("- jnp.argmax(mask[:, ::-1], axis=1)", "- 0 * jnp.argmax(mask[:, ::-1], axis=1)"),
-    ("- torch.argmax(mask.flip(1).int(), dim=1)", "- 0 * torch.argmax(mask.flip(1).int(), dim=1)"),
-)
 
 PROPERTIES = (
-    Property(
-        rewards_add_up_to_the_score_minus_the_penalty,
-        poisoned(scored_answers()),
-        [
-            *bug("penalty of the wrong sign", "token_rewards", ("- kl_coef", "+ kl_coef")),
-            *LAST_COLUMN,
-        ],
-    ),
-    Property(
-        exact_kl_rewards_to_go_are_the_score_minus_the_later_kl,
-        poisoned(scored_answers()),
-        bug(
-            "a token charged its own KL",
-            "exact_kl_token_rewards",
-            ("jnp.pad(masking.zero_masked(token_kl, response_mask)[:, 1:], ((0, 0), (0, 1)))", "token_kl"),
-            (
-                "zero_masked(token_kl, response_mask).roll(-1, dims=1)",
-                "zero_masked(token_kl, response_mask).roll(0, 1)",
-            ),
-        ),
-    ),
     Property(
         batch_mean_advantages_are_centred,
         REWARDS,
@@ -362,46 +225,5 @@ PROPERTIES = (
                 ("torch.sqrt(masked_var(x, mask) + 1e-8)", "(torch.sqrt(masked_var(x, mask)) + 1e-8)"),
             ),
         ],
-    ),
-    Property(
-        lambda_zero_is_the_td_error,
-        GAE,
-        bug("lambda forgotten", "gae_advantages", ("discount * gae_lambda", "discount")),
-    ),
-    Property(
-        lambda_one_is_the_reward_to_go_minus_the_value,
-        GAE,
-        bug("discount forgotten", "gae_advantages", ("discount * gae_lambda", "gae_lambda")),
-    ),
-    Property(
-        gae_is_its_recursion,
-        poisoned(GAE),
-        [
-            *bug(
-                "bootstrapped from what lies behind the end",
-                "gae_advantages",
-                ("values = masking.zero_masked(values, response_mask)", "values = values"),
-                ("zero_masked(values, response_mask)", "values"),
-            ),
-            *bug(
-                "forwards",
-                "gae_advantages",
-                (", reverse=True", ""),
-                ("reversed(range(values.shape[1]))", "range(values.shape[1])"),
-            ),
-        ],
-    ),
-    Property(
-        gae_is_linear,
-        answers("rewards", "values", "more_rewards", "more_values"),
-        bug(
-            "clipped rewards",
-            "gae_advantages",
-            (
-                "masking.zero_masked(token_rewards, response_mask)",
-                "jnp.clip(masking.zero_masked(token_rewards, response_mask), -1, 1)",
-            ),
-            ("zero_masked(token_rewards, response_mask)", "zero_masked(token_rewards, response_mask).clamp(-1, 1)"),
-        ),
     ),
 )

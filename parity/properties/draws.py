@@ -3,6 +3,7 @@
 Numbers are of float32, so that the same case is exact in every dtype.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -70,3 +71,13 @@ def log_softmax(rows: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     scaled = np.asarray(rows, np.float64) / temperature
     scaled = scaled - scaled.max(-1, keepdims=True)
     return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+
+def poisoned(cases: SearchStrategy[dict[str, Any]]) -> SearchStrategy[dict[str, Any]]:
+    """The same cases with what a check puts under their padding."""
+    return st.builds(lambda case, poison: case | {"poison": poison}, cases, st.sampled_from([math.nan, 1e30]))
+
+
+def size_of(*arrays: np.ndarray) -> float:
+    """A bound on every sum of what is in the arrays."""
+    return sum(float(np.abs(x).sum()) for x in arrays)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from parity.planting import Mutant
 from parity.properties.draws import SHAPES, answers, drawn, matrices
 from parity.properties.masking import MULTIPLIED
 from parity.properties.rows import Excess, Property, bug, differ, excess, forbid, worst
@@ -329,12 +330,8 @@ PROPERTIES = (
         an_all_false_mask_gives_zero_and_zero_gradients,
         drawn(policy=matrices(SHAPES[0], 4.0), poison=POISON),
         [
-            *bug(
-                "divided by no tokens",
-                "token_mean_weights",
-                ("jnp.maximum(count, jnp.ones((), dtype))", "count"),
-                (".clamp(min=1)", ""),
-            ),
+            # Not in JAX: XLA makes mask / count a selection, which is 0 also where count is.
+            Mutant("divided by no tokens", "ppo_torch_ref.ops:token_mean_weights", ".clamp(min=1)", ""),
             *bug(
                 "0 · NaN",
                 "weighted_sum",

@@ -193,7 +193,7 @@ def _with(answers: Answers, **changes: np.ndarray) -> Answers:
 
 
 def model_property(check: Any, mutants: list[Mutant], *, dtype: str = "float64", **case: Any) -> Property:
-    return Property(check, drawn(model=MODELS, **case), mutants, dtypes=(dtype,), max_examples=6)
+    return Property(check, drawn(model=MODELS, **case), mutants, dtypes=(dtype,), max_examples=4)
 
 
 DECODER, TWIN = "ppo_jax.models.decoder:", "ppo_torch_ref.model:"

@@ -106,12 +106,18 @@ def measure(one: Property, stack: Stack) -> Excess:
 
 
 def killed_by(one: Property) -> Iterator[tuple[Mutant, Excess]]:
-    """Every mutant of a property and what the property finds in its stack, in the first dtype that shows it."""
+    """Every mutant of a property and what the property finds in its stack, in the first dtype that shows it.
+
+    A mutant that raises is beyond any bound.
+    """
     for mutant in one.mutants:
         with planted(mutant.target, mutant.old, mutant.new):
             found = KEPT
             for dtype in reversed(one.dtypes):
-                found = worst(found, measure(one, both_stacks(dtype)[STACK_OF[mutant.package]]))
+                try:
+                    found = worst(found, measure(one, both_stacks(dtype)[STACK_OF[mutant.package]]))
+                except Exception:
+                    found = Excess(np.inf, 0.0)
                 if not found.holds:
                     break
         yield mutant, found
