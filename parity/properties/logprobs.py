@@ -24,7 +24,9 @@ def probabilities_sum_to_one(stack: Stack, *, logits: np.ndarray, temperature: f
 
 
 def log_probs_are_never_positive(stack: Stack, *, logits: np.ndarray, tokens: np.ndarray, temperature: float) -> Excess:
-    return excess(stack.token_logprobs(logits, tokens, temperature=temperature))
+    """But for rounding: compiled, z / τ may be rounded in the maximum and not (fused) in what it is taken from."""
+    ours = stack.token_logprobs(logits, tokens, temperature=temperature)
+    return excess(ours, _rounding(stack, logits, temperature)[:, 0])
 
 
 def every_token_gets_its_own_log_prob(
