@@ -126,6 +126,12 @@ def future_kl(token_kl: Tensor, response_mask: Tensor) -> Tensor:
     return zero_masked(later, response_mask)
 
 
+def next_kl_coef(kl_coef: Tensor, seq_kl: Tensor, *, target_nats: float, horizon: float) -> Tensor:
+    """β (1 + clip(KL / target − 1, ±0.2) / horizon), of scalars; KL and target in nats per sequence."""
+    error = torch.clamp(seq_kl / target_nats - 1.0, -0.2, 0.2)
+    return kl_coef * (1.0 + error / horizon)
+
+
 # --- rewards and advantages ---
 
 
