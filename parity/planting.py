@@ -36,22 +36,23 @@ class Mutant:
 def planted(target: str, old: str, new: str) -> Iterator[None]:
     """Within the block, the function `target` is the one whose source has `new` in place of `old`.
 
-    What JAX has traced and compiled is forgotten on entry and on exit; what was called before the block and is kept
-    elsewhere (an `lru_cache` of results) is not.
+    What JAX has traced and compiled is forgotten on entry and on exit, unless the bug is the twin's; what was called
+    before the block and is kept elsewhere (an `lru_cache` of results) is not.
     """
     function = _resolve(target)
     mutant = _edited(function, target, old, new)
+    forget = (lambda: None) if target.startswith("ppo_torch_ref") else jax.clear_caches
     parts = ("__code__", "__defaults__", "__kwdefaults__")
     original = {part: getattr(function, part) for part in parts}
     try:
         for part in parts:
             setattr(function, part, getattr(mutant, part))
-        jax.clear_caches()
+        forget()
         yield
     finally:
         for part, value in original.items():
             setattr(function, part, value)
-        jax.clear_caches()
+        forget()
 
 
 def _resolve(target: str) -> FunctionType:

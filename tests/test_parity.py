@@ -181,6 +181,12 @@ def test_what_cannot_be_compared_is_a_failure(theirs):
     assert row.error == np.inf
 
 
+def test_a_difference_counts_whatever_its_sign():
+    for theirs in (1.5, 0.5):
+        row = compare("L3", "float64", "case", "what", {"x": np.ones(2)}, {"x": np.array([1.0, theirs])}, bound=0.4)
+        assert (row.error, row.diverged) == (0.5, "x")
+
+
 def test_the_command_fails_when_a_comparison_does(monkeypatch, capsys):
     """In a process of its own the exit code would come too late to plant a bug; `main` returns it."""
     from parity import __main__ as command

@@ -1,5 +1,6 @@
 """The PyTorch twin on its own: its loop learns what it is told to, and its optimizer is AdamW."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -227,11 +228,10 @@ def adamw(net, *, max_grad_norm, weight_decay):
     )
 
 
-def test_micro_batches_add_up_to_the_minibatch(config_file):
-    _, parts = parts_of(config_file(), dtype=torch.float64)
+def ragged_batch():
     rng = np.random.default_rng(0)
     mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
-    batch = update.Experience(
+    return update.Experience(
         torch.ones(4, 2, dtype=torch.long),
         torch.ones(4, 2, dtype=torch.bool),
         torch.from_numpy(rng.integers(0, len(WORDS), (4, 5))),
@@ -239,7 +239,11 @@ def test_micro_batches_add_up_to_the_minibatch(config_file):
         ops.zero_masked(torch.from_numpy(rng.normal(-2, 1, (4, 5))), mask),
         torch.from_numpy(rng.normal(0, 1, (4, 5))),
     )
-    results = []
+
+
+def test_micro_batches_add_up_to_the_minibatch(config_file):
+    _, parts = parts_of(config_file(), dtype=torch.float64)
+    batch, results = ragged_batch(), []
     for size in (4, 2, 1):
         objective = replace(parts.objective, loss_weights=ops.token_mean_weights, micro_batch_size=size)
         loss, _ = update.loss_and_gradients(parts.model, parts.reference, batch, 0.1, objective)
@@ -247,3 +251,27 @@ def test_micro_batches_add_up_to_the_minibatch(config_file):
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-14)
         torch.testing.assert_close(gradients, results[0][1], rtol=0, atol=1e-13)
+
+
+def test_a_step_that_is_not_finite_leaves_parameters_and_moments_untouched(config_file):
+    _, parts = parts_of(config_file(), dtype=torch.float64)
+    batch, before = ragged_batch(), copy.deepcopy(parts.model.state_dict())
+    batch.advantages[0, 0] = torch.nan
+    stats = update.ppo_step(parts.model, parts.optimizer, parts.reference, batch, 0.1, objective=parts.objective)
+    assert stats["update/skipped_steps"] == 1
+    torch.testing.assert_close(parts.model.state_dict(), before, rtol=0, atol=0)
+    assert all(not mu.any() for mu in parts.optimizer.mu.values())
+
+
+def test_no_two_draws_share_noise():
+    noise = build.Noise(seed=3)
+    uniforms = [noise.uniforms(step, 4, 5) for step in (0, 1)] + [build.Noise(seed=4).uniforms(0, 4, 5)]
+    assert len(np.unique(torch.stack(uniforms))) == 3 * 20
+    assert torch.equal(noise.uniforms(1, 4, 5), uniforms[1])
+
+
+def test_every_epoch_visits_every_answer_once_in_a_fresh_order():
+    orders = [order for step in (0, 1) for order in build.Noise(seed=3).orders(step, 3, 16)]
+    assert len(orders) == 6
+    assert all(sorted(order.tolist()) == list(range(16)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 6

@@ -16,6 +16,7 @@ import ppo_jax
 from ppo_jax import build, checkpoint, train
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
+from ppo_jax.prompts import Prompts
 from ppo_jax.tracing import compilations
 from tests.tiny import PROMPTS, make_model
 
@@ -302,3 +303,11 @@ def test_the_dry_run_prints_a_plan_and_writes_nothing(tiny_model, tmp_path):
     for part in ("reference, float32", "while in update", "s per iteration", "64 answers of up to 16 tokens"):
         assert part in " ".join(done.stdout.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_outside_of_the_embedding_is_refused(tiny):
+    """JAX would read the last row of the embedding in its place."""
+    size = tiny.model.spec.vocab_size
+    build.check_tokens(load(), tiny.model, Prompts(["a"], [[size - 1]], seed=0))
+    with pytest.raises(UserError, match=f"token id {size}, but the embedding has {size} rows"):
+        build.check_tokens(load(), tiny.model, Prompts(["a"], [[size]], seed=0))
