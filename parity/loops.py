@@ -50,14 +50,14 @@ class JaxNoise(torch_build.Noise):
         return [torch.from_numpy(np.array(jax.random.permutation(key, answers))) for key in keys]
 
 
-def config_of(form: str, directory: Path) -> Config:
+def config_of(form: str, directory: Path, iterations: int) -> Config:
     prompts = directory / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return load(
         overrides={
             "prompts.path": str(prompts),
             "run.dir": str(directory / form),
-            "run.iterations": ITERATIONS,
+            "run.iterations": iterations,
             "reward.function": f"{__name__}:{share_of_e.__name__}",
             "rollout.batch_size": 8,
             "rollout.answers_per_prompt": 2,
@@ -75,17 +75,17 @@ def config_of(form: str, directory: Path) -> Config:
     )
 
 
-def whole_runs(dtype: str) -> Iterator[Row]:
+def whole_runs(dtype: str, iterations: int = ITERATIONS) -> Iterator[Row]:
     """L11: metrics of every iteration and the parameters at the end, for each form of the KL; in float64 only."""
     if dtype != "float64":
         return
     for form in FORMS:
         with tempfile.TemporaryDirectory() as directory:
-            config = config_of(form, Path(directory))
+            config = config_of(form, Path(directory), iterations)
             ours, parameters = _jax_run(config)
             theirs, twin_parameters = _torch_run(Path(directory) / form / "config.yaml")
         bound = bound_of("L11", dtype, is_real=False)
-        what = f"{form}: {ITERATIONS} iterations on own tokens"
+        what = f"{form}: {iterations} iterations on own tokens"
         yield compare("L11", dtype, CASE, f"{what}, metrics", *in_own_units(ours, theirs), bound=bound)
         yield compare("L11", dtype, CASE, f"{what}, final parameters", parameters, twin_parameters, bound=bound)
 
@@ -103,7 +103,7 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
     said: Named = {}
     with jax.set_mesh(run.mesh):
         state = build.first_state(cast(state.params, jnp.float64), optimizer=run.optimizer)
-        for step in range(ITERATIONS):
+        for step in range(config.run.iterations):
             state, numbers = train.ppo_iteration(run, state, PhaseClock())
             said |= _dated(step, numbers)
     return said, export_tensors(run.model.config, run.model.spec, state.params, np.dtype("float64"))
@@ -115,7 +115,7 @@ def _torch_run(config_file: Path) -> tuple[Named, Named]:
     parts = torch_build.build(config, dtype=torch.float64, device="cpu", hf=False)
     parts.noise = JaxNoise(config.run.seed)
     said: Named = {}
-    for step in range(ITERATIONS):
+    for step in range(config.run.iterations):
         said |= _dated(step, torch_train.ppo_iteration(config, parts, step))
     return said, named(dict(parts.model.named_parameters()))
 

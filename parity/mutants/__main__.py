@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ["JAX_ENABLE_X64"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -22,32 +21,25 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
-from parity.cases import random_model
+from parity.cases import RANDOM_MODELS, ModelCase, random_model
 from parity.mutants import MUTANTS
 from parity.mutants.rows import Found, Planted, found_by_level, found_by_test, rows_of
-from parity.stacks import Pair
 
 DTYPE = "float64"
 
 
-def kill_all(mutants: list[Planted]) -> Iterator[tuple[Planted, Found]]:
+def kill_all(mutants: list[Planted], cases: dict[str, ModelCase]) -> Iterator[tuple[Planted, Found]]:
     """Every mutant and what its killer finds. Those of the twin come first: what JAX compiled for them stays valid."""
-    with tempfile.TemporaryDirectory() as directory:
-        names = sorted({mutant.on for mutant in mutants if mutant.on is not None})
-        models = {name: Pair(random_model(name, Path(directory)), DTYPE) for name in names}
-        for mutant in sorted(mutants, key=lambda mutant: mutant.target.startswith("ppo_jax")):
-            yield mutant, found_by_test(mutant) if mutant.is_seen_by_a_test else found_by_level(mutant, models, DTYPE)
+    for mutant in sorted(mutants, key=lambda mutant: mutant.target.startswith("ppo_jax")):
+        yield mutant, found_by_test(mutant) if mutant.is_seen_by_a_test else found_by_level(mutant, cases, DTYPE)
 
 
-def check_that_levels_are_green(mutants: list[Planted]) -> None:
+def check_that_levels_are_green(mutants: list[Planted], cases: dict[str, ModelCase]) -> None:
     """Without a bug the same levels hold: red is the bug's."""
-    levels = sorted({(mutant.killer, mutant.on or "") for mutant in mutants if not mutant.is_seen_by_a_test})
-    with tempfile.TemporaryDirectory() as directory:
-        models = {name: Pair(random_model(name, Path(directory)), DTYPE) for _, name in levels if name}
-        for level, name in levels:
-            red = [row for row in rows_of(level, name or None, models, DTYPE) if row.diverged is not None]
-            if red:
-                raise SystemExit(f"without any bug, {level} is red on {name or 'shared inputs'}: {red[0]}")
+    for level, name in sorted({(mutant.killer, mutant.on) for mutant in mutants if not mutant.is_seen_by_a_test}):
+        red = [row for row in rows_of(level, name, cases, DTYPE) if row.diverged is not None]
+        if red:
+            raise SystemExit(f"without any bug, {level} is red on {name}: {red[0]}")
 
 
 def table_of(found: list[tuple[Planted, Found]]) -> Table:
@@ -57,7 +49,7 @@ def table_of(found: list[tuple[Planted, Found]]) -> Table:
     for mutant, seen in sorted(found, key=lambda pair: MUTANTS.index(pair[0])):
         killer = mutant.killer.replace("tests/", "") if mutant.is_seen_by_a_test else mutant.killer
         numbers = ("", "") if mutant.is_seen_by_a_test else (f"{seen.error:.1e}", above(seen))
-        where = seen.where if mutant.on is None else f"{mutant.on}, {seen.where}"
+        where = seen.where if mutant.is_seen_by_a_test else f"{mutant.on}, {seen.where}"
         verdict = "[green]killed[/]" if seen.is_killed else "[bold red]SURVIVES[/]"
         cells = (mutant.bug, str(mutant.trap or ""), mutant.target, killer, where, *numbers)
         table.add_row(*map(escape, cells), verdict)
@@ -74,13 +66,17 @@ def main() -> int:
     parser.add_argument("--tests", action="store_true", help="those too that only a test of the repository can see")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     mutants = [mutant for mutant in MUTANTS if arguments.only in f"{mutant.target} {mutant.bug}"]
     mutants = [mutant for mutant in mutants if arguments.tests or not mutant.is_seen_by_a_test]
-    check_that_levels_are_green(mutants)
-    found = list(kill_all(mutants))
+    with tempfile.TemporaryDirectory() as directory:
+        names = sorted({mutant.on for mutant in mutants} & set(RANDOM_MODELS))
+        cases = {name: random_model(name, Path(directory)) for name in names}
+        check_that_levels_are_green(mutants, cases)
+        found = list(kill_all(mutants, cases))
     if arguments.json is not None:
         rows = [asdict(mutant) | asdict(seen) for mutant, seen in found]
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

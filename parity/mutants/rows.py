@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from parity import loops
+from parity.cases import ModelCase
 from parity.ladder import model_rows, shared_rows
 from parity.planting import planted
 from parity.rows import Row
@@ -22,7 +24,7 @@ class Planted:
     target: str  # "module:function"
     old: str
     new: str
-    on: str | None = None  # random model on which the level is run; None: on shared inputs
+    on: str = "shared inputs"  # or a random model, or "embedded": two whole iterations of both loops
     trap: int | None = None  # number in the list of what went wrong for others
 
     @property
@@ -40,24 +42,26 @@ class Found:
     is_killed: bool
 
 
-def found_by_level(mutant: Planted, models: dict[str, Pair], dtype: str) -> Found:
-    """What the level says while the bug is in. `models` has a pair of every random model, whose directory is shared."""
+def found_by_level(mutant: Planted, cases: dict[str, ModelCase], dtype: str) -> Found:
+    """What the level says while the bug is in."""
     # What these keep was made by functions that may be mutants now, or were mutants then.
     update.make_optimizer.cache_clear()
     try:
         with planted(mutant.target, mutant.old, mutant.new):
-            rows = rows_of(mutant.killer, mutant.on, models, dtype)
+            rows = rows_of(mutant.killer, mutant.on, cases, dtype)
     finally:
         update.make_optimizer.cache_clear()
     worst = max(rows, key=lambda row: row.error / (row.bound or 1e-300))
     return Found(f"{worst.compared}: {worst.worst}", worst.error, worst.bound, worst.diverged is not None)
 
 
-def rows_of(level: str, model: str | None, models: dict[str, Pair], dtype: str) -> list[Row]:
-    if model is None:
+def rows_of(level: str, on: str, cases: dict[str, ModelCase], dtype: str) -> list[Row]:
+    if on == "embedded":
+        return list(loops.whole_runs(dtype, iterations=2))
+    if on == "shared inputs":
         return list(shared_rows(level, dtype))
     # A pair of its own: it remembers what it has computed, and some bugs act when a model is loaded.
-    return list(model_rows(level, Pair(models[model].case, dtype)))
+    return list(model_rows(level, Pair(cases[on], dtype)))
 
 
 PLANT_AND_TEST = """
