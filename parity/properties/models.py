@@ -15,7 +15,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from parity.cases import VOCAB_SIZE, Answers, random_model
+from parity.cases import Answers, random_model
+from parity.models import SIZES
 from parity.planting import Mutant
 from parity.properties.draws import drawn
 from parity.properties.rows import Excess, Property, differ, excess, forbid, worst
@@ -27,6 +28,7 @@ from ppo_torch_ref import scoring as torch_scoring
 from ppo_torch_ref.model import token_logits
 
 BATCH, PROMPT, RESPONSE = 4, 3, 5
+VOCAB_SIZE = SIZES["vocab_size"]
 EOS_TOKENS = list(range(0, VOCAB_SIZE, 6))  # many, so that answers end everywhere
 SCORES = ("old_logprobs", "ref_logprobs", "token_kl", "token_entropy")
 TEMPERATURE = 0.7
