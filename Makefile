@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Only the twin, parity and tests need it; the default index of pip may bring a CUDA build of several GB. With another
 # index: make test TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
+# What parity computes in float64, once more with x64 on: strict dtype promotion sees every number that is not asked to be.
+FLOAT64_TESTS := $(addprefix tests/test_,$(addsuffix .py,masking logprobs kl rewards advantages losses sampling streaming \
+	randomness rollout scoring))
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
 .PHONY: train test test-slow lint smollm2 clean
@@ -19,6 +22,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest --numprocesses 2 $(FLOAT64_TESTS)
 
 ## The tests that need the real SmolLM2 weights or minutes.
 test-slow: $(VENV)/.installed-test $(SMOLLM2)

@@ -47,9 +47,9 @@ def activations(pair: Pair) -> Iterator[Row]:
         ours = named(_jax_stages(pair.params, tokens, mask, spec=pair.spec))
         theirs = _torch_stages(pair.model, torch.from_numpy(sequences.tokens), torch.from_numpy(sequences.mask))
         kept = [{name: x[name][sequences.mask] for name in ours} for x in (ours, theirs)]
-        # Each in units of its own root mean square.
-        rms = {name: max(1.0, float(np.sqrt(np.mean(x**2)))) for name, x in kept[1].items()}
-        ours, theirs = ({name: x / rms[name] for name, x in side.items()} for side in kept)
+        # Each in units of its own largest element, whose rounding is the largest.
+        scale = {name: max(1.0, float(np.abs(x).max())) for name, x in kept[1].items()}
+        ours, theirs = ({name: x / scale[name] for name, x in side.items()} for side in kept)
         yield row_of(pair, "L2", f"activations, {sequences.layout}", ours, theirs)
 
 

@@ -87,8 +87,11 @@ def same_tokens(pair: Pair) -> Iterator[Row]:
     ours, twin = (named({name: getattr(x, name) for name in vars(theirs)}) for x in (cropped, theirs))
     differs = (ours["response_tokens"] != twin["response_tokens"]) | (ours["response_mask"] != twin["response_mask"])
     parted = {row: int(np.argmax(differs[row])) for row in np.flatnonzero(differs.any(axis=1)).tolist()}
-    tokens = ours["response_tokens"]
-    excused = sum(_decided_by_rounding(pair, theirs, row, t, tokens[row, t]) for row, t in parted.items())
+    tokens, twin_tokens = ours["response_tokens"], twin["response_tokens"]
+    excused = sum(
+        tokens[row, t] != twin_tokens[row, t] and _decided_by_rounding(pair, theirs, row, t, tokens[row, t])
+        for row, t in parted.items()
+    )
     shared = ours["response_mask"] & (np.cumsum(differs, axis=1) == 0)
     counted = f"{int(shared.sum())} tokens the same, {excused} excused"
     yield row_of(

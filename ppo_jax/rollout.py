@@ -107,9 +107,9 @@ def generate(
             {"params": params},
             jax.lax.dynamic_slice_in_dim(progress.tokens, last, 1, axis=1),
             (prompt_lengths + last)[:, None],
-            jnp.concatenate([prompt_mask, jnp.broadcast_to(jnp.arange(max_new) <= last, (batch, max_new))], axis=1)[
-                :, None
-            ],
+            jnp.concatenate(
+                [prompt_mask, jnp.broadcast_to(jnp.arange(max_new, dtype=jnp.int32) <= last, (batch, max_new))], axis=1
+            )[:, None],
             cache,
             length + last,
         )

@@ -111,7 +111,7 @@ def test_the_kl_of_a_sequence_is_the_sum_of_its_expected_token_kls_by_enumeratio
 
 
 def test_the_last_token_has_no_future_exactly():
-    token_kl = jnp.array([[1e8, 0.1, 0.3], [0.7, 1e-8, 1e8]])
+    token_kl = jnp.array([[1e8, 0.1, 0.3], [0.7, 1e-8, 1e8]], jnp.float32)
     mask = jnp.array([[True, True, True], [True, True, False]])
     future = np.asarray(kl.future_kl(token_kl, mask))
     assert future[0, 2] == 0

@@ -35,8 +35,9 @@ def test_scores_belong_to_their_rows_also_when_b_equals_t():
 
 
 def test_fractional_scores_are_not_rounded_and_integer_scores_are_refused():
-    ours = token_rewards(jnp.array([0.7, -1.9]), jnp.zeros((2, 1)), jnp.ones((2, 1), bool), kl_coef=0.1)
-    np.testing.assert_array_equal(ours[:, 0], np.float32([0.7, -1.9]))
+    scores = jnp.array([0.7, -1.9])
+    ours = token_rewards(scores, jnp.zeros((2, 1)), jnp.ones((2, 1), bool), kl_coef=0.1)
+    np.testing.assert_array_equal(ours[:, 0], scores)
     with pytest.raises(Exception, match="seq_scores"):
         token_rewards(jnp.array([1, 2]), jnp.zeros((2, 1)), jnp.ones((2, 1), bool), kl_coef=0.1)
 
@@ -44,7 +45,7 @@ def test_fractional_scores_are_not_rounded_and_integer_scores_are_refused():
 def test_a_higher_coefficient_penalises_a_positive_k1_more():
     mask = jnp.ones((1, 2), bool)
     weak, strong = (
-        token_rewards(jnp.zeros(1), jnp.array([[0.5, 1.0]]), mask, kl_coef=c) for c in (0.1, jnp.float32(0.4))
+        token_rewards(jnp.zeros(1), jnp.array([[0.5, 1.0]]), mask, kl_coef=c) for c in (0.1, jnp.asarray(0.4))
     )
     np.testing.assert_allclose(weak, [[-0.05, -0.1]], rtol=1e-6)
     np.testing.assert_allclose(strong, [[-0.2, -0.4]], rtol=1e-6)
@@ -54,5 +55,5 @@ def test_masked_log_ratios_reach_no_gradient_not_even_that_of_the_coefficient():
     mask = jnp.array([[True, False]])
     gradient = jax.grad(
         lambda beta: jnp.sum(token_rewards(jnp.ones(1), jnp.array([[0.5, jnp.nan]]), mask, kl_coef=beta))
-    )(jnp.float32(0.1))
+    )(jnp.asarray(0.1))
     assert gradient == -0.5

@@ -43,7 +43,7 @@ def test_streaming_equals_the_whole_in_value_and_gradient(block_rows):
 
     def total(outputs):
         # Different weights per position, so that rows that change places are noticed.
-        weights = jnp.arange(1.0, B * T + 1).reshape(B, T)
+        weights = jnp.arange(1.0, B * T + 1, dtype=jnp.float32).reshape(B, T)
         return sum(jnp.sum(weights * value) for value in outputs.values())
 
     def whole(head, hidden, ref_hidden):

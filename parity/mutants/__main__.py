@@ -31,7 +31,9 @@ DTYPE = "float64"
 def kill_all(mutants: list[Planted], cases: dict[str, ModelCase]) -> Iterator[tuple[Planted, Found]]:
     """Every mutant and what its killer finds. Those of the twin come first: what JAX compiled for them stays valid."""
     for mutant in sorted(mutants, key=lambda mutant: mutant.target.startswith("ppo_jax")):
-        yield mutant, found_by_test(mutant) if mutant.is_seen_by_a_test else found_by_level(mutant, cases, DTYPE)
+        seen = found_by_test(mutant) if mutant.is_seen_by_a_test else found_by_level(mutant, cases, DTYPE)
+        print("killed" if seen.is_killed else "SURVIVES", mutant.killer, mutant.bug, file=sys.stderr, flush=True)
+        yield mutant, seen
 
 
 def check_that_levels_are_green(mutants: list[Planted], cases: dict[str, ModelCase]) -> None:

@@ -96,7 +96,7 @@ MUTANTS = (
     Planted("KV cache slot off by one", "L12", "ppo_jax.rollout:generate",
             "            length + last,", "            length + last + 1,", on="llama-tied", trap=13),
     Planted("a decoded token does not see itself", "L12", "ppo_jax.rollout:generate",
-            "jnp.arange(max_new) <= last", "jnp.arange(max_new) < last", on="llama-tied", trap=13),
+            "jnp.int32) <= last", "jnp.int32) < last", on="llama-tied", trap=13),
     Planted("every token is drawn from the first logits", "L11", "ppo_torch_ref.rollout:generate",
             "mask[:, so_far])[:, -1]", "mask[:, so_far])[:, 0]", on="llama-tied", trap=13),
     Planted("EOS excluded from the mask", "L11", "ppo_jax.rollout:_write_token",

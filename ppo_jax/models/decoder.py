@@ -84,8 +84,8 @@ def windowed(visible: Bool[Array, "B L S"], window: int | None, first_slot) -> B
     """
     if window is None:
         return visible
-    queries, keys = jnp.arange(visible.shape[1]) + first_slot, jnp.arange(visible.shape[2])
-    return visible & (queries[:, None] - keys[None] < window)[None]
+    queries, keys = (jnp.arange(length, dtype=jnp.int32) for length in visible.shape[1:])
+    return visible & (first_slot + queries[:, None] - keys[None] < window)[None]
 
 
 def attend(
