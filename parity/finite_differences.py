@@ -107,4 +107,4 @@ def torch_slopes(pair: Pair, gradient: Named) -> Slopes:
         loss, sums = torch_update.policy_loss(model, pair.ref_model, batch, weights, KL_COEF, objective)
         return float(loss), float(sums["clipped_tokens"])
 
-    return slopes_of(named(model.state_dict()), loss_at, lambda name, u: float(np.sum(gradient[name] * u)))
+    return slopes_of(named(model.state_dict()), loss_at, lambda name, u: float(np.sum(gradient.get(name, 0.0) * u)))

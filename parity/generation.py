@@ -80,7 +80,7 @@ def same_tokens(pair: Pair) -> Iterator[Row]:
     theirs = torch_rollout_of(pair)
     width = theirs.response_tokens.shape[1]
     cropped = rollout.crop(jax_rollout(pair), width)
-    beyond_width = {"longest answer": numpy_of(jax_rollout(pair).response_mask)[:, width:].any()}
+    beyond_width = {"longest answer": np.array(numpy_of(jax_rollout(pair).response_mask)[:, width:].any())}
     yield row_of(
         pair, "L11", "length of the longest answer", beyond_width, {"longest answer": np.array(False)}, bound=0.0
     )

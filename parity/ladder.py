@@ -34,10 +34,10 @@ MODEL_LEVELS: dict[str, tuple[Callable[[Pair], Iterator[Row]], ...]] = {
 }
 LEVELS = sorted(SHARED_LEVELS | MODEL_LEVELS, key=lambda level: int(level[1:]))
 # What these find does not depend on the family: of the random models they are run on few.
-ON_FEW = {
+ON_FEW: dict[Callable[[Pair], Iterator[Row]], tuple[str, ...]] = {
     finite_differences.gradients: training.EVERY_CASE_ON,
     training.optimizer: training.EVERY_CASE_ON,
-    trajectory.iterations: ("llama-tied", "gpt2"),
+    trajectory.iterations: ("llama-tied",),
 }
 # On a checkpoint of the user.
 OF_CHECKPOINT = ("L0", "L2", "L3", "L4", "L5", "L8", "L9", "L12")

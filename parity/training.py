@@ -111,7 +111,8 @@ def backward(pair: Pair, case: Update) -> tuple[tuple[Named, Named], tuple[Named
     loss, sums, gradients = _loss_and_gradients(pair.params, pair.ref_params, batch, kl_coef, objective=objective)
     model = pair.new_model()
     twin_loss, twin_sums = torch_update.loss_and_gradients(model, pair.ref_model, twin_batch, KL_COEF, twin_objective)
-    twin_gradients = {name: param.grad for name, param in model.named_parameters()}
+    # A parameter that takes no part has none: it is missing, and so beyond any bound.
+    twin_gradients = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
     return (
         (_statistics(loss, sums), pair.jax_named(gradients)),
         (_statistics(twin_loss, twin_sums), named(twin_gradients)),

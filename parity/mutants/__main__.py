@@ -65,7 +65,7 @@ def above(seen: Found) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m parity.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="mutants whose target or bug contains this, such as ppo_torch_ref")
-    parser.add_argument("--tests", action="store_true", help="those too that only a test of the repository can see")
+    parser.add_argument("--all", action="store_true", help="those too that only whole iterations or tests can see")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
@@ -73,7 +73,7 @@ def main() -> int:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     mutants = [mutant for mutant in MUTANTS if arguments.only in f"{mutant.target} {mutant.bug}"]
-    mutants = [mutant for mutant in mutants if arguments.tests or not mutant.is_seen_by_a_test]
+    mutants = [mutant for mutant in mutants if arguments.all or not mutant.is_expensive]
     with tempfile.TemporaryDirectory() as directory:
         names = sorted({mutant.on for mutant in mutants} & set(RANDOM_MODELS))
         cases = {name: random_model(name, Path(directory)) for name in names}

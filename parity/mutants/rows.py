@@ -31,6 +31,10 @@ class Planted:
     def is_seen_by_a_test(self) -> bool:
         return self.killer.startswith("tests/")
 
+    @property
+    def is_expensive(self) -> bool:
+        return self.is_seen_by_a_test or self.on == "embedded" or self.killer == "L10"
+
 
 @dataclass(frozen=True)
 class Found:
