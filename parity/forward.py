@@ -46,7 +46,8 @@ def activations(pair: Pair) -> Iterator[Row]:
         tokens, mask = jnp.asarray(sequences.tokens), jnp.asarray(sequences.mask)
         ours = named(_jax_stages(pair.params, tokens, mask, spec=pair.spec))
         theirs = _torch_stages(pair.model, torch.from_numpy(sequences.tokens), torch.from_numpy(sequences.mask))
-        kept = [{name: x[name][sequences.mask] for name in ours} for x in (ours, theirs)]
+        # In the order of the twin, which is that of computation; what comes out of a jit is sorted by name.
+        kept = [{name: x[name][sequences.mask] for name in theirs} for x in (ours, theirs)]
         # Each in units of its own largest element, whose rounding is the largest.
         scale = {name: max(1.0, float(np.abs(x).max())) for name, x in kept[1].items()}
         ours, theirs = ({name: x / scale[name] for name, x in side.items()} for side in kept)
@@ -55,7 +56,7 @@ def activations(pair: Pair) -> Iterator[Row]:
 
 @partial(jax.jit, static_argnames="spec")
 def _jax_stages(params: Any, tokens: jax.Array, mask: jax.Array, *, spec: DecoderSpec) -> dict[str, jax.Array]:
-    """Outputs of the decoder's parts by name, in order; "embedding" is what the first layer reads."""
+    """Outputs of the decoder's parts by name; "embedding" is what the first layer reads."""
     found: dict[str, jax.Array] = {}
 
     def keep(call, args, kwargs, context):

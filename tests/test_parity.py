@@ -114,6 +114,12 @@ def test_a_difference_counts_whatever_its_sign():
         assert (row.error, row.diverged) == (0.5, "x")
 
 
+def test_the_first_activation_that_diverges_is_named_in_the_order_of_computation(gpt2):
+    with planted("ppo_torch_ref.layers:Mlp.forward", "hidden = spec.activation(hidden)", "hidden = hidden.relu()"):
+        diverged = {row.diverged for row in forward.activations(Pair(gpt2, "float32"))}
+    assert diverged == {"layer_0/mlp"}
+
+
 def test_the_command_fails_when_a_comparison_does(monkeypatch, capsys):
     """In a process of its own the exit code would come too late to plant a bug; `main` returns it."""
     from parity import __main__ as command
