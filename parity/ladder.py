@@ -67,6 +67,8 @@ def climb(
             f"unknown: {', '.join(sorted(unknown))}; levels {'' if model is None else 'of a checkpoint '}are "
             f"{', '.join(known)}, cases {', '.join(MODELS)}"
         )
+    if model is not None and not (model / "config.json").is_file():
+        raise SystemExit(f"--model: {model} is not a Hugging Face model directory, it has no config.json")
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         if model is None:

@@ -73,7 +73,7 @@ MUTANTS = (
             "(1.0 if zero_based else 0.0)", "0.0"),
     Planted("gelu kind", "L2", "ppo_jax.models.decoder:Mlp.__call__",
             "ACTIVATIONS[self.spec.activation]",
-            'ACTIVATIONS[self.spec.activation.replace("gelu_tanh", "gelu")]', on="gpt2-scaled", trap=29),
+            'ACTIVATIONS[self.spec.activation.replace("gelu_tanh", "gelu")]', on="gpt2", trap=29),
     Planted("gelu kind", "L2", "ppo_torch_ref.layers:Mlp.forward",
             "hidden = spec.activation(hidden)", "hidden = F.gelu(hidden)", on="gpt2", trap=29),
     Planted("a float32 cast inside a float64 norm", "L1", "ppo_jax.models.decoder:at_least_float32",
