@@ -6,6 +6,7 @@ process of its own, because JAX settles at its import whether there is a float64
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def rows_of_all_dtypes(words: list[str]) -> list[dict[str, Any]]:
         # 1 is a comparison that failed; a process that died wrote no rows.
         if not set(codes) <= {0, 1} or not all(file.is_file() for file in files.values()):
             raise SystemExit(f"a parity process died, see its message above (exit codes {codes})")
-        return [row for file in files.values() for row in json.loads(file.read_text())]
+        rows = [row for file in files.values() for row in json.loads(file.read_text())]
+        return [row | {key: float(row[key]) for key in ("error", "bound")} for row in rows]
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -85,13 +87,18 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def is_json(x: Any) -> bool:
+    return not isinstance(x, float) or math.isfinite(x)
+
+
 def worst_of(group: list[dict[str, Any]]) -> dict[str, Any]:
     """The first row that failed, or the one closest to its bound."""
     return next((row for row in group if row["diverged"] is not None), max(group, key=closeness))
 
 
 def closeness(row: dict[str, Any]) -> float:
-    return row["error"] / (row["bound"] or 1.0)
+    ratio = row["error"] / (row["bound"] or 1.0)
+    return ratio if math.isfinite(ratio) else math.inf
 
 
 def main() -> int:
@@ -102,12 +109,19 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of the random models")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
+    model = arguments.model
+    if model is not None and arguments.cases is not None:
+        parser.error("--cases are random models, --model takes their place; give one of the two")
+    if model is not None and not ((model / "config.json").is_file() and list(model.glob("*.safetensors"))):
+        parser.error(f"--model {model} is not a model directory: it needs config.json and *.safetensors")
     if arguments.dtype is None:
         rows = rows_of_all_dtypes(_without_json(sys.argv[1:]))
     else:
         rows = rows_in_this_process(arguments)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        # JSON has no infinity: what cannot be compared is "inf" there.
+        finite = [{key: x if is_json(x) else str(x) for key, x in row.items()} for row in rows]
+        arguments.json.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     failed = [row for row in rows if row["diverged"] is not None]
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table_of(rows))
@@ -119,8 +133,8 @@ def main() -> int:
             markup=False,
         )
     else:
-        console.print(f"all {len(rows)} comparisons hold")
-    return 1 if failed else 0
+        console.print(f"all {len(rows)} comparisons hold" if rows else "nothing was compared")
+    return 1 if failed or not rows else 0
 
 
 def _without_json(words: list[str]) -> list[str]:

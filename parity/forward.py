@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from parity.rows import Named, Row, named, numpy_of, row_of
 from parity.stacks import Pair
 from ppo_jax import scoring
 from ppo_jax.models.decoder import Decoder, DecoderSpec, causal_visibility, positions_from_mask
+from ppo_jax.ops import kl
 from ppo_torch_ref import ops as torch_ops
 from ppo_torch_ref import scoring as torch_scoring
 from ppo_torch_ref.model import token_logits
@@ -112,7 +113,7 @@ def logits(pair: Pair) -> Iterator[Row]:
         yield row_of(pair, "L3", f"logits, {name}", ours, theirs, scale=scale)
 
 
-@lru_cache(maxsize=8)
+@cache
 def scored_answers(pair: Pair) -> tuple[Named, Named, np.ndarray]:
     """What both stacks' scoring says of the same answers, [B, T] each, and the response mask; micro-batches differ."""
     answers = ragged_answers(pair.case.vocab_size)
@@ -140,16 +141,16 @@ def log_probs(pair: Pair) -> Iterator[Row]:
 
 
 def divergences(pair: Pair) -> Iterator[Row]:
-    """L5: exact KL, k1 and k3 of policy and reference, per token and per answer."""
+    """L5: exact KL, k1, k2 and k3 of policy and reference, per token and per answer."""
     *stacks, mask = scored_answers(pair)
     per_token = []
-    for scored in stacks:
-        sampled = (torch.from_numpy(scored["old_logprobs"]), torch.from_numpy(scored["ref_logprobs"]))
-        k1, k3 = numpy_of(torch_ops.k1(*sampled)), numpy_of(torch_ops.k3(*sampled))
-        per_token.append({"exact": scored["token_kl"], "k1": k1, "k3": k3})
-    for name in ("exact", "k1", "k3"):
-        # k1 keeps the errors of two log-probs whole; k3 is as exact as they are relative to its size.
-        scale = {"exact": 1.0, "k1": 4.0, "k3": max(1.0, float(per_token[1]["k3"].max()))}[name]
+    for scored, estimators, convert in zip(stacks, (kl, torch_ops), (jnp.asarray, torch.from_numpy), strict=True):
+        sampled = (convert(scored["old_logprobs"]), convert(scored["ref_logprobs"]))
+        estimates = {name: numpy_of(getattr(estimators, name)(*sampled)) for name in ("k1", "k2", "k3")}
+        per_token.append({"exact": scored["token_kl"]} | estimates)
+    for name, values in per_token[1].items():
+        # Of two log-probs k1 has the errors whole, k2 and k3 have them times their own size.
+        scale = 1.0 if name == "exact" else 4.0 * max(1.0, float(np.abs(values).max()) * (name != "k1"))
         ours, theirs = ({f"token {name}": stack[name][mask]} for stack in per_token)
         yield row_of(pair, "L5", f"{name} KL per token", ours, theirs, scale=scale)
         ours, theirs = ({f"answer {name}": stack[name].sum(axis=1)} for stack in per_token)

@@ -5,7 +5,7 @@ The twin has no cache: where both draw the same tokens, nothing in the cache of 
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ SAMPLING = torch_rollout.Sampling(
 )
 
 
-@lru_cache(maxsize=8)
+@cache
 def jax_rollout(pair: Pair) -> records.Rollout:
     """Answers of `ppo_jax`, with its cache: several to a prompt, ragged prompts, a banned EOS, top-k and top-p."""
     prompts = ragged_answers(pair.case.vocab_size, batch=PROMPTS)

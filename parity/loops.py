@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity.rows import Named, Row, bound_of, compare, named
+from parity.rows import Named, Row, bound_of, compare, dated, named
 from parity.training import in_own_units
 from ppo_jax import build, train
 from ppo_jax.config import Config
@@ -105,7 +105,7 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
         state = build.first_state(cast(state.params, jnp.float64), optimizer=run.optimizer)
         for step in range(config.run.iterations):
             state, numbers = train.ppo_iteration(run, state, PhaseClock())
-            said |= _dated(step, numbers)
+            said |= dated(step, _without_times(numbers))
     return said, export_tensors(run.model.config, run.model.spec, state.params, np.dtype("float64"))
 
 
@@ -116,10 +116,10 @@ def _torch_run(config_file: Path) -> tuple[Named, Named]:
     parts.noise = JaxNoise(config.run.seed)
     said: Named = {}
     for step in range(config.run.iterations):
-        said |= _dated(step, torch_train.ppo_iteration(config, parts, step))
+        said |= dated(step, _without_times(torch_train.ppo_iteration(config, parts, step)))
     return said, named(dict(parts.model.named_parameters()))
 
 
-def _dated(step: int, numbers: dict[str, float]) -> Named:
-    timeless = {name: x for name, x in numbers.items() if not name.startswith(("time/", "throughput/", "step"))}
-    return {f"{step}: {name}": np.array(x) for name, x in timeless.items()}
+def _without_times(numbers: dict[str, float]) -> Named:
+    timed = ("time/", "throughput/", "step")
+    return {name: np.array(x) for name, x in numbers.items() if not name.startswith(timed)}

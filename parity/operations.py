@@ -8,7 +8,6 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from parity import oracle
@@ -122,18 +121,16 @@ def divergences(dtype: str) -> Iterator[Row]:
         *(call_all(dtype, estimator, policy, reference) for estimator in (kl.k1, kl.k2, kl.k3)),
         call_all(dtype, kl.future_kl, (policy - reference) ** 2, mask),
     )
-    yield _next_coefficient(dtype)
-
-
-def _next_coefficient(dtype: str) -> Row:
-    """The controller against the oracle alone: the coefficient of the twin is fixed."""
-    ours, exact = {}, {}
-    for seq_kl in (0.0, 4.5, 6.0, 6.5, 60.0):
-        settings = {"target_nats": 6.0, "horizon": 10.0}
-        coef, measured = (jnp.asarray(x, dtype) for x in (0.1, seq_kl))
-        ours[f"{seq_kl} nats"] = numpy_of(kl.next_kl_coef(coef, measured, **settings))
-        exact[f"{seq_kl} nats"] = numpy_of(oracle.next_kl_coef(float(coef), seq_kl, **settings))
-    return compare("L5", dtype, CASE, "next KL coefficient, oracle", ours, exact, bound=BOUNDS["L5"][dtype])
+    controller: dict[str, Any] = {"target_nats": 6.0, "horizon": 10.0}
+    yield from compare_all(
+        "L5",
+        dtype,
+        "next KL coefficient",
+        *(
+            call_all(dtype, kl.next_kl_coef, np.array(0.1), np.array(nats), also=f" {nats} nats", **controller)
+            for nats in (0.0, 4.5, 6.0, 6.5, 60.0)
+        ),
+    )
 
 
 def advantage(dtype: str) -> Iterator[Row]:

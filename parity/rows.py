@@ -75,11 +75,12 @@ def compare(
 ) -> Row:
     """Row of tensors by name, in the order of `ours`.
 
-    NaN on either side, different shapes and a name that one side lacks are beyond any bound.
+    NaN on either side, different shapes and a name that one side lacks are beyond any bound; so is everything where the
+    bound itself, made from numbers of one side, is NaN or infinite.
     """
     errors = {name: max_difference(ours.get(name), theirs.get(name)) for name in ours | theirs}
     worst = max(errors, key=lambda name: errors[name])
-    diverged = next((name for name, error in errors.items() if error > bound), None)
+    diverged = next((name for name, error in errors.items() if not error <= bound < np.inf), None)
     return Row(level, dtype, case, compared, worst, errors[worst], bound, diverged)
 
 
@@ -90,7 +91,7 @@ def max_difference(x: np.ndarray | None, y: np.ndarray | None) -> float:
     x, y = x.astype(np.float64), y.astype(np.float64)
     with np.errstate(invalid="ignore"):
         difference = np.where(x == y, 0.0, np.abs(x - y))
-    return float(np.nan_to_num(difference, nan=np.inf).max())
+    return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max())
 
 
 def numpy_of(x: Any) -> np.ndarray:
@@ -116,3 +117,8 @@ def row_of(
     if bound is None:
         bound = scale * bound_of(level, pair.dtype, is_real=pair.case.is_real)
     return compare(level, pair.dtype, pair.case.name, compared, ours, theirs, bound=bound)
+
+
+def dated(step: int, values: Named) -> Named:
+    """Names with the step they belong to, so that values of many steps can be compared in order."""
+    return {f"{step}: {name}": x for name, x in values.items()}

@@ -19,7 +19,7 @@ from parity.rows import Named
 from ppo_jax import records
 from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import DecoderSpec, abstract_params, head_logits, hidden_states
-from ppo_jax.models.families import spec_of
+from ppo_jax.models.families import family_of, spec_of
 from ppo_torch_ref import rollout as torch_rollout
 from ppo_torch_ref.model import load_model
 
@@ -71,13 +71,19 @@ class Pair:
         return zero_gradients(self.config, self.spec)
 
     def file_tensors(self) -> Named:
-        """What the files of the case hold, cast; a second copy of a tied head is not a weight."""
+        """What the files of the case hold, cast; buffers and a second copy of a tied head are not weights.
+
+        A bare trunk, as the hub's GPT-2, leaves out the prefix of its names.
+        """
         stored: Named = {}
         for file in sorted(self.case.directory.glob("*.safetensors")):
             stored.update(load_file(file))
         if self.spec.tied_head:
             stored.pop("lm_head.weight", None)
-        return {name: x.astype(self.dtype) for name, x in stored.items()}
+        family = family_of(self.config)
+        if not any(name.startswith(family.prefix) for name in stored):
+            stored = {family.prefix + name: x for name, x in stored.items()}
+        return {name: x.astype(self.dtype) for name, x in stored.items() if not name.endswith(family.buffers)}
 
     def jax_named(self, tree: Any) -> Named:
         """A tree shaped like the parameters (weights, gradients, moments) under its Hugging Face names."""

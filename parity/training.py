@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ def objectives(
 _loss_and_gradients = jax.jit(update.loss_and_gradients, static_argnames="objective")
 
 
-@lru_cache(maxsize=8)
+@cache
 def backward(pair: Pair, case: Update) -> tuple[tuple[Named, Named], tuple[Named, Named]]:
     """((statistics, gradients), those of the twin) of a minibatch: ours of the whole, the twin's over micro-batches."""
     batch, twin_batch = experience(pair, case)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from parity import forward
 from parity.cases import random_model
@@ -108,6 +109,13 @@ def test_what_cannot_be_compared_is_a_failure(theirs):
     assert row.error == np.inf
 
 
+@pytest.mark.parametrize("bound", [np.nan, np.inf])
+def test_a_bound_that_is_no_number_holds_nothing(bound):
+    """Bounds are scaled by what one side says, which may be NaN."""
+    row = compare("L8", "float64", "case", "what", {"x": np.ones(2)}, {"x": np.array([np.nan, 1.0])}, bound=bound)
+    assert row.diverged == "x"
+
+
 def test_a_difference_counts_whatever_its_sign():
     for theirs in (1.5, 0.5):
         row = compare("L3", "float64", "case", "what", {"x": np.ones(2)}, {"x": np.array([1.0, theirs])}, bound=0.4)
@@ -136,6 +144,29 @@ def test_levels_and_models_that_are_not_there_are_named(tmp_path):
         list(climb("float32", levels=["L13"]))
     with pytest.raises(SystemExit, match="unknown: L10; levels of a checkpoint are L0, L2, "):
         list(climb("float32", levels=["L10"], model=tmp_path))
+
+
+@pytest.mark.parametrize(("words", "complaint"), [((), "it needs config.json and"), (("--cases", "llama"), "--cases")])
+def test_a_directory_without_a_model_is_refused(words, complaint, tmp_path, monkeypatch, capsys):
+    from parity import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["parity", "--model", str(tmp_path), *words])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_bare_trunk_with_buffers_climbs_too(tmp_path):
+    """As the hub's GPT-2 is stored: no prefix, and the causal mask of every layer beside the weights."""
+    case = random_model("gpt2", tmp_path)
+    for directory in (case.directory, case.ref_directory):
+        stored = {
+            name.removeprefix("transformer."): x for name, x in load_file(directory / "model.safetensors").items()
+        }
+        save_file(stored | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, directory / "model.safetensors")
+    rows = list(climb("float32", levels=["L0", "L4"], model=case.directory))
+    assert [row for row in rows if row.diverged is not None] == []
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("gpt2", marks=pytest.mark.slow)])

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
+from parity.__main__ import is_json
 from parity.cases import RANDOM_MODELS, ModelCase, random_model
 from parity.mutants import MUTANTS
 from parity.mutants.rows import Found, Planted, found_by_level, found_by_test, rows_of
@@ -81,7 +82,8 @@ def main() -> int:
         found = list(kill_all(mutants, cases))
     if arguments.json is not None:
         rows = [asdict(mutant) | asdict(seen) for mutant, seen in found]
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        finite = [{key: x if is_json(x) else str(x) for key, x in row.items()} for row in rows]
+        arguments.json.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 220).print(table_of(found))
     survivors = [mutant for mutant, seen in found if not seen.is_killed]
     print(f"{len(found)} mutants, {len(survivors)} survive")

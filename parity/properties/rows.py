@@ -1,5 +1,6 @@
 """What a property is: a check of one stack on one generated case, and the bugs that must break it."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,13 +21,15 @@ class Excess(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        return self.error <= self.bound
+        return self.error <= self.bound < math.inf
 
     @property
     def ratio(self) -> float:
-        """Error in units of the bound; where none is allowed, 0 or infinity."""
+        """Error in units of the bound; where none is allowed, 0 or infinity; NaN is infinitely far."""
+        if not (math.isfinite(self.error) and math.isfinite(self.bound)):
+            return math.inf
         if self.bound == 0:
-            return float("inf") if self.error else 0.0
+            return math.inf if self.error else 0.0
         return self.error / self.bound
 
 
