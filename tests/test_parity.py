@@ -159,13 +159,11 @@ def test_a_directory_without_a_model_is_refused(words, complaint, tmp_path, monk
 
 def test_a_bare_trunk_with_buffers_climbs_too(tmp_path):
     """As the hub's GPT-2 is stored: no prefix, and the causal mask of every layer beside the weights."""
-    case = random_model("gpt2", tmp_path)
-    for directory in (case.directory, case.ref_directory):
-        stored = {
-            name.removeprefix("transformer."): x for name, x in load_file(directory / "model.safetensors").items()
-        }
-        save_file(stored | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, directory / "model.safetensors")
-    rows = list(climb("float32", levels=["L0", "L4"], model=case.directory))
+    directory = random_model("gpt2", tmp_path).directory
+    file, mask = directory / "model.safetensors", torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    trunk = {name.removeprefix("transformer."): x for name, x in load_file(file).items()}
+    save_file(trunk | {"h.0.attn.bias": mask}, file)
+    rows = list(climb("float32", levels=["L0", "L4"], model=directory))
     assert [row for row in rows if row.diverged is not None] == []
 
 
