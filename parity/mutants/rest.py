@@ -52,7 +52,7 @@ MUTANTS = (
     Planted("the whole [B, T, V] at once", "tests/test_streaming.py::test_no_array_of_all_logits_is_made_not_even_for_the_gradient",
             "ppo_jax.ops.streaming:map_row_blocks",
             "width = max(1, min(length, block_rows // batch))", "width = length", trap=23),
-    Planted("a compilation for every length", "tests/test_train.py::test_a_run_compiles_every_function_a_handful_of_times",
+    Planted("a compilation for every length", "tests/test_tracing.py::test_a_thousand_lengths_meet_a_handful_of_buckets",
             "ppo_jax.tracing:bucket",
             "return min(size, largest)", "return min(length, largest)", trap=24),
     Planted("a resumed run takes another reference", "tests/test_train.py::test_a_resumed_run_keeps_its_reward_its_reference_and_its_schedule",
