@@ -37,8 +37,12 @@ KEPT = Excess(0.0, 0.0)
 
 
 def excess(error: Any, bound: Any = 0.0) -> Excess:
-    """The element that is worst beside its own bound; NaN is beyond any bound, less than nothing is nothing."""
+    """The element that is worst beside its own bound; NaN is beyond any bound, less than nothing is nothing.
+
+    So is what float32 could only hold as a denormal number, which XLA takes for 0.
+    """
     error = np.nan_to_num(np.maximum(np.asarray(error, np.float64), 0.0), nan=np.inf, posinf=np.inf)
+    error = np.where(error < np.finfo(np.float32).tiny, 0.0, error)
     error, bound = np.broadcast_arrays(error, np.asarray(bound, np.float64))
     return worst(*map(Excess, error.ravel().tolist(), bound.ravel().tolist()))
 
