@@ -1,15 +1,9 @@
-"""The only factory: a config becomes models, prompts, reward, optimizer, and the functions of the six steps.
+"""The only factory: a config becomes models, prompts, reward and optimizer; `algorithm` picks the functions of the steps."""
 
-Every choice of algorithm is a different function picked here, once. Nothing below this file asks which recipe it runs.
-"""
-
-import importlib.metadata
 import json
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cache, partial
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,26 +14,25 @@ import numpy as np
 import optax
 from transformers import PreTrainedTokenizerBase
 
-import ppo_jax
 from ppo_jax import checkpoint, sharding
+from ppo_jax.algorithm import Algorithm, make_objective, pick_algorithm, pick_optimizer
 from ppo_jax.config import EMBEDDED, Config
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
-from ppo_jax.models.decoder import Params
+from ppo_jax.models.decoder import DecoderSpec, Params
+from ppo_jax.models.heads import load_critic, zero_value_head
 from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.monitor.invariants import digest
 from ppo_jax.monitor.sinks import check_sinks
-from ppo_jax.ops import advantages, kl, losses, rewards
+from ppo_jax.ops.rewards import first_moments
 from ppo_jax.processes import from_lead
 from ppo_jax.prompts import Prompts, load_prompts
-from ppo_jax.records import Scored, TrainState
+from ppo_jax.records import TrainState
 from ppo_jax.rewards.source import RewardFunction, load_function
 from ppo_jax.rollout import Endings, Sampling
+from ppo_jax.run_directory import check_reference, check_resumable, run_directory, write_description
 from ppo_jax.stop_strings import stop_table
-from ppo_jax.update import Objective, make_optimizer
-
-DESCRIPTION = "versions.json"
-WATCHED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "orbax-checkpoint")
+from ppo_jax.update import Objective
 
 
 @dataclass(frozen=True)
@@ -56,8 +49,7 @@ class Run:
     reward: RewardFunction
     sampling: Sampling
     endings: Endings
-    token_rewards: Callable[..., jax.Array]  # step 4: (seq_scores [B], Scored, response_mask, kl_coef=) -> [B, T]
-    advantages: Callable[..., jax.Array]  # step 5: (token_rewards, response_mask) -> [B, T]
+    algorithm: Algorithm  # steps 4 and 5
     objective: Objective  # step 6
     optimizer: optax.GradientTransformation
 
@@ -92,7 +84,8 @@ def build(
         initial = hf_io.load_params(model.path, model.config, model.spec, place=partial(sharding.place_param, mesh))
         ref_params = copy_params(initial, config.model.compute_dtype)
         reference_digest = digest(ref_params)
-    optimizer = make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
+        critic_spec, critic = first_critic(config, model, initial, mesh)
+    optimizer = pick_optimizer(config)
     run = Run(
         config=config,
         directory=directory,
@@ -104,20 +97,20 @@ def build(
         reward=reward,
         sampling=make_sampling(config),
         endings=endings,
-        token_rewards=jax.jit(pick_token_rewards(config)),
-        advantages=jax.jit(pick_advantages(config)),
-        objective=make_objective(config, model),
+        algorithm=pick_algorithm(config),
+        objective=make_objective(config, model.spec, critic_spec),
         optimizer=optimizer,
     )
+    start = partial(first_state, optimizer=optimizer, kl_coef=config.kl.coef)
     if resume:
         check_reference(directory, reference_digest)
         # In the places of this run's mesh, whichever mesh it was saved on.
-        like = sharding.abstract(mesh, jax.eval_shape(partial(first_state, optimizer=optimizer), initial))
+        like = sharding.abstract(mesh, jax.eval_shape(start, initial | critic))
         state = checkpoint.restore_newest(directory / "checkpoints", like)
     else:
         with jax.set_mesh(mesh):
-            state = first_state(initial, optimizer=optimizer)
-    from_lead(partial(_write_description, directory, config, reference_digest, from_python))
+            state = start(initial | critic)
+    from_lead(partial(write_description, directory, config, reference_digest, from_python))
     return run, state
 
 
@@ -127,70 +120,31 @@ def copy_params(params: Params, dtype: str) -> Params:
     return sharding.by_rules(jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params))
 
 
-@partial(jax.jit, static_argnames="optimizer", donate_argnames="params")
-def first_state(params: Params, *, optimizer: optax.GradientTransformation) -> TrainState:
+def first_critic(
+    config: Config, model: ModelDirectory, initial: Params, mesh: jax.sharding.Mesh
+) -> tuple[DecoderSpec | None, Params]:
+    """The spec of a critic's own trunk, where it has one, and what the critic adds to the parameters."""
+    if config.critic.kind == "none":
+        return None, {}
+    place = partial(sharding.place_param, mesh)
+    if config.critic.kind == "value_head":
+        return None, {"critic": {"head": zero_value_head(model.spec.width, place=place)}}
+    spec, critic = load_critic(config.critic.path, model, initial, place=place)
+    return spec, {"critic": critic}
+
+
+@partial(jax.jit, static_argnames=("optimizer", "kl_coef"), donate_argnames="params")
+def first_state(params: Params, *, optimizer: optax.GradientTransformation, kl_coef: float) -> TrainState:
     """The state before the first iteration; the moments lie where their parameters lie."""
-    return sharding.by_rules(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
-
-
-def k1_token_rewards(
-    seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float | jax.Array
-) -> jax.Array:
-    """The `k1` form of the KL: a penalty per token inside the reward."""
-    token_k1 = kl.k1(scored.old_logprobs, scored.ref_logprobs)
-    return rewards.token_rewards(seq_scores, token_k1, response_mask, kl_coef=kl_coef)
-
-
-def exact_kl_token_rewards(
-    seq_scores: jax.Array, scored: Scored, response_mask: jax.Array, *, kl_coef: float | jax.Array
-) -> jax.Array:
-    """The `exact` form of the KL, its half in the reward; `Experience.ref_hidden` brings the half in the loss."""
-    return rewards.exact_kl_token_rewards(seq_scores, scored.token_kl, response_mask, kl_coef=kl_coef)
-
-
-def pick_token_rewards(config: Config) -> Callable[..., jax.Array]:
-    match config.kl.form:
-        case "k1":
-            return k1_token_rewards
-        case "exact":
-            return exact_kl_token_rewards
-
-
-def pick_advantages(config: Config) -> Callable[..., jax.Array]:
-    match config.advantage.estimator:
-        case "batch_mean":
-            return advantages.batch_mean_advantages
-        case "whitened_batch_mean":
-            return advantages.whitened_batch_mean_advantages
-        case "leave_one_out_to_go":
-            return advantages.leave_one_out_to_go_advantages
-
-
-def pick_loss_weights(config: Config) -> Callable[..., jax.Array]:
-    match config.update.normaliser:
-        case "constant":
-            return _constant_weights(config.rollout.max_new_tokens)
-        case "token_mean":
-            return losses.token_mean_weights
-        case "sequence_mean":
-            return losses.sequence_mean_weights
-
-
-@cache
-def _constant_weights(max_response_tokens: int) -> Callable[..., jax.Array]:
-    """The same object for the same constant, so that a second run in a process compiles nothing again."""
-    return partial(losses.constant_weights, max_response_tokens=max_response_tokens)
-
-
-def make_objective(config: Config, model: ModelDirectory) -> Objective:
-    return Objective(
-        spec=model.spec,
-        temperature=config.rollout.temperature,
-        clip_eps=config.update.clip_eps,
-        loss_weights=pick_loss_weights(config),
-        compute_dtype=config.model.compute_dtype,
-        micro_batch_size=config.micro_batch_size,
-        remat=config.update.remat,
+    dtype = jax.tree.leaves(params)[0].dtype
+    return sharding.by_rules(
+        TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            kl_coef=jnp.asarray(kl_coef, dtype),
+            score_moments=first_moments(dtype),
+        )
     )
 
 
@@ -271,66 +225,6 @@ def _float32_means_float32(config: Config) -> None:
     """On a GPU JAX multiplies float32 matrices in TF32 (10 bits) unless told otherwise."""
     if config.model.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")
-
-
-def run_directory(config: Config, *, resume: bool) -> Path:
-    """Where the run lives; one that holds another run is refused unless that run is resumed."""
-    name = config.run.dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    directory = Path(name).expanduser().absolute()
-    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"run.dir: {directory} is there already and not empty; choose another, or continue it with --resume {name}"
-        )
-    return directory
-
-
-def check_resumable(directory: Path, from_python: list[str]) -> None:
-    """What can be refused before the model loads: no checkpoint, or a reward or prompts that only Python can give."""
-    checkpoint.newest(directory / "checkpoints")
-    missing = sorted(set(_description(directory).get("from_python", [])) - set(from_python))
-    if missing:
-        raise UserError(
-            f"--resume: {' and '.join(missing)} of {directory} came from Python; continue it with "
-            f"ppo_jax.fine_tune(resume=..., {', '.join(f'{name}=...' for name in missing)})"
-        )
-
-
-def check_reference(directory: Path, reference_digest: str) -> None:
-    """A continued run keeps its reference: another one would be a fresh KL budget."""
-    expected = _description(directory).get("reference_digest", reference_digest)
-    if expected != reference_digest:
-        raise UserError(
-            f"--resume: the model at model.path is not the one {directory} began with (digest {reference_digest}, "
-            f"expected {expected}); the reference would change"
-        )
-
-
-def _description(directory: Path) -> dict[str, Any]:
-    file = directory / DESCRIPTION
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _write_description(directory: Path, config: Config, reference_digest: str, from_python: list[str]) -> None:
-    """`config.yaml` as resolved, and what it was run with."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        described = versions() | {"reference_digest": reference_digest, "from_python": from_python}
-        (directory / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from error
-
-
-def versions() -> dict[str, Any]:
-    """Packages, interpreter and devices of this run."""
-    return {
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "ppo_jax": ppo_jax.__version__,
-        **{package: importlib.metadata.version(package) for package in WATCHED_PACKAGES},
-    }
 
 
 def tokenizer_texts(

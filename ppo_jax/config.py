@@ -83,6 +83,22 @@ class RewardConfig(Section, frozen=True):
         default="ppo_jax.rewards.sentiment:vader_compound",
         description="module:function of (prompts, answers), two lists of texts, that returns one float per answer",
     )
+    normalise: Literal["none", "running", "batch"] = Field(
+        default="none",
+        description="scores minus their mean over their standard deviation: of the run so far, or of the batch",
+    )
+    clip: PositiveFloat | None = Field(default=None, description="largest |score| after normalisation; null is off")
+    missing_eos_penalty: NonNegativeFloat = Field(
+        default=0.0, description="taken from the score of an answer that was cut off, as are the next two"
+    )
+    min_tokens: NonNegative = Field(default=0, description="answers below this many tokens are too short")
+    too_short_penalty: NonNegativeFloat = Field(
+        default=0.0, description="penalty of an empty answer; falls linearly to 0 at reward.min_tokens"
+    )
+    soft_max_tokens: Positive | None = Field(default=None, description="answers beyond this many tokens are too long")
+    too_long_penalty: NonNegativeFloat = Field(
+        default=0.0, description="penalty at rollout.max_new_tokens; rises linearly from reward.soft_max_tokens"
+    )
 
 
 class RolloutConfig(Section, frozen=True):
@@ -103,18 +119,73 @@ class RolloutConfig(Section, frozen=True):
 
 class KlConfig(Section, frozen=True):
     coef: NonNegativeFloat = Field(default=0.05, description="β, score units per nat of KL to the reference")
-    form: Literal["k1", "exact"] = Field(
+    form: Literal["k1", "exact", "biased_k3_in_loss"] = Field(
         default="k1",
         description="k1: the sampled log-ratio in the reward; exact: the exact KL of the coming tokens in the reward "
-        "and that of the current one in the loss, for advantage.estimator leave_one_out_to_go",
+        "and that of the current one in the loss; biased_k3_in_loss: GRPO's term, whose gradient is not that of a KL",
+    )
+    per: Literal["answer", "token"] = Field(
+        default="answer", description="token: the k1 penalty is divided by the length of its answer, which biases it"
+    )
+    target_nats: PositiveFloat | None = Field(
+        default=None,
+        description="KL per sequence that a proportional controller steers to by changing β; null keeps kl.coef",
+    )
+    horizon: Annotated[float, Field(ge=1, allow_inf_nan=False), _Number] = Field(
+        default=10.0, description="iterations in which the controller changes β by at most 20%"
     )
 
 
+Estimator = Literal[
+    "batch_mean",
+    "whitened_batch_mean",
+    "leave_one_out",
+    "leave_one_out_to_go",
+    "group_mean",
+    "group_normalised",
+    "group_leave_one_out",
+    "group_leave_one_out_to_go",
+    "gae",
+    "whitened_gae",
+]
+
+
 class AdvantageConfig(Section, frozen=True):
-    estimator: Literal["batch_mean", "whitened_batch_mean", "leave_one_out_to_go"] = Field(
+    estimator: Estimator = Field(
         default="batch_mean",
-        description="reward minus the batch mean; whitened: divided by the standard deviation too; "
-        "leave_one_out_to_go: reward still to come minus its mean over the other answers",
+        description="what an answer's reward is compared with: the batch, the others of the batch (leave_one_out), the "
+        "answers to the same prompt (group_), or a critic's values (gae); docs/choices.md has the table",
+    )
+    discount: Annotated[float, Field(gt=0, le=1), _Number] = Field(
+        default=1.0, description="γ of gae; below 1 later rewards count less"
+    )
+    gae_lambda: Probability = Field(
+        default=1.0, description="λ of gae: 1 trusts the rewards alone, 0 the critic's next value"
+    )
+
+
+class CriticConfig(Section, frozen=True):
+    kind: Literal["none", "value_head", "model"] = Field(
+        default="none", description="value_head: on the policy's own trunk; model: a second one, trained on its own"
+    )
+    path: NonEmpty | None = Field(
+        default=None,
+        description="where a critic model starts from: a language model or a reward model; null is model.path",
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None, description="peak learning rate of the critic; null is update.learning_rate"
+    )
+    coef: PositiveFloat = Field(default=0.5, description="weight of the value loss")
+    clip_eps: PositiveFloat | None = Field(
+        default=None, description="values move at most this far from those at rollout; null is off"
+    )
+    warmup_iterations: NonNegative = Field(
+        default=0, description="iterations at the start in which only the critic learns"
+    )
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="a truncated answer goes on to earn the critic's value of its last state, as if it had been scored "
+        "before its end",
     )
 
 
@@ -130,6 +201,19 @@ class UpdateConfig(Section, frozen=True):
     )
     warmup_steps: NonNegative = Field(default=0, description="optimizer steps of linear warm-up, from above 0")
     clip_eps: PositiveFloat = Field(default=0.2, description="ε: the ratio is clipped to [1 − ε, 1 + ε]")
+    clip_eps_high: PositiveFloat | None = Field(default=None, description="ε of the upper bound; null is clip_eps")
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False), _Number] | None = Field(
+        default=None, description="bounds the loss of a negative advantage by this multiple of it; null is off"
+    )
+    entropy_coef: NonNegativeFloat = Field(default=0.0, description="weight of the entropy bonus in the loss")
+    max_approx_kl_nats: PositiveFloat | None = Field(
+        default=None,
+        description="no further optimizer step in this iteration after one whose policy/approx_kl_nats is above this",
+    )
+    importance_cap: Annotated[float, Field(ge=1, allow_inf_nan=False), _Number] | None = Field(
+        default=None,
+        description="advantages are weighted by min(π_training / π_rollout, this) per token; null is off",
+    )
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="global norm the gradient is clipped to; null is off"
     )
@@ -181,6 +265,7 @@ class Config(Section, frozen=True):
     rollout: RolloutConfig = RolloutConfig()
     kl: KlConfig = KlConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    critic: CriticConfig = CriticConfig()
     update: UpdateConfig = UpdateConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -134,17 +134,7 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"rollout.min_new_tokens ({rollout.min_new_tokens}) must be at most rollout.max_new_tokens "
             f"({rollout.max_new_tokens})",
         )
-    if config.kl.form == "exact" and config.advantage.estimator != "leave_one_out_to_go":
-        yield (
-            ("kl.form", "advantage.estimator"),
-            f"advantage.estimator ({config.advantage.estimator}) must be leave_one_out_to_go with kl.form exact: the "
-            f"KL in the loss is neither shrunk by a batch mean nor divided by a standard deviation",
-        )
-    if rollout.batch_size == 1:
-        yield (
-            ("rollout.batch_size",),
-            "rollout.batch_size (1): the baseline is made of the batch, so a single answer has advantage 0",
-        )
+    yield from _algorithm_misfits(config)
     steps = config.run.iterations * config.optimizer_steps_per_iteration
     if update.warmup_steps >= steps > 0:
         yield (
@@ -156,6 +146,68 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
                 "rollout.batch_size",
             ),
             f"update.warmup_steps ({update.warmup_steps}) must be below the run's {steps} optimizer steps",
+        )
+
+
+# An estimator that shrinks what it centres by 1 - 1/B, or divides it, leaves a KL in the loss with the wrong weight.
+UNSCALED = ("leave_one_out", "leave_one_out_to_go", "group_leave_one_out", "group_leave_one_out_to_go", "gae")
+
+
+def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Choices of algorithm whose combination has no right gradient, or no meaning."""
+    rollout, reward, critic, estimator = config.rollout, config.reward, config.critic, config.advantage.estimator
+    if config.kl.form != "k1" and estimator not in UNSCALED:
+        yield (
+            ("kl.form", "advantage.estimator"),
+            f"advantage.estimator ({estimator}) must be one of {', '.join(UNSCALED)} with kl.form {config.kl.form}: the "
+            f"KL in the loss is neither shrunk by a mean that includes the answer nor divided by a standard deviation",
+        )
+    if config.kl.form != "k1" and config.kl.per == "token":
+        yield (
+            ("kl.form", "kl.per"),
+            f"kl.per (token) is for kl.form k1; with {config.kl.form} the loss has a KL of every token anyway",
+        )
+    if estimator.startswith("group_") and rollout.answers_per_prompt == 1:
+        yield (
+            ("advantage.estimator", "rollout.answers_per_prompt"),
+            f"advantage.estimator ({estimator}) compares the answers to one prompt, and rollout.answers_per_prompt is "
+            f"1: every advantage would be 0; ask for 4 or 8",
+        )
+    of_critic = estimator in ("gae", "whitened_gae")
+    if rollout.batch_size == 1 and not of_critic:
+        yield (
+            ("rollout.batch_size",),
+            "rollout.batch_size (1): the baseline is made of the batch, so a single answer has advantage 0",
+        )
+    if of_critic != (critic.kind != "none"):
+        yield (
+            ("advantage.estimator", "critic.kind"),
+            f"advantage.estimator ({estimator}) "
+            + ("needs a critic: set critic.kind" if of_critic else f"reads no values: critic.kind {critic.kind} has no use"),
+        )
+    if critic.path is not None and critic.kind != "model":
+        yield (("critic.path", "critic.kind"), f"critic.path is for critic.kind model, which is {critic.kind}")
+    if critic.warmup_iterations >= config.run.iterations:
+        yield (
+            ("critic.warmup_iterations", "run.iterations"),
+            f"critic.warmup_iterations ({critic.warmup_iterations}) must be below run.iterations "
+            f"({config.run.iterations}): the policy would never move",
+        )
+    for penalty, tokens, missing in (
+        ("too_short_penalty", "min_tokens", reward.min_tokens == 0),
+        ("too_long_penalty", "soft_max_tokens", reward.soft_max_tokens is None),
+    ):
+        if (getattr(reward, penalty) > 0) == missing:
+            yield (
+                (f"reward.{penalty}", f"reward.{tokens}"),
+                f"reward.{penalty} ({getattr(reward, penalty):g}) and reward.{tokens} ({getattr(reward, tokens)}) need "
+                f"each other",
+            )
+    if reward.soft_max_tokens is not None and reward.soft_max_tokens >= rollout.max_new_tokens:
+        yield (
+            ("reward.soft_max_tokens", "rollout.max_new_tokens"),
+            f"reward.soft_max_tokens ({reward.soft_max_tokens}) must be below rollout.max_new_tokens "
+            f"({rollout.max_new_tokens})",
         )
 
 
@@ -183,6 +235,22 @@ def warnings_of(config: Config) -> list[str]:
             f"update.normaliser is {config.update.normaliser}: answers weigh by their length, so the gradient is not "
             f"that of the expected reward"
         )
+    if config.kl.form == "biased_k3_in_loss":
+        found.append(
+            "kl.form is biased_k3_in_loss: its gradient is not that of the KL, by how much is in docs/truth.md; k1 and "
+            "exact cost the same and are right"
+        )
+    if config.kl.per == "token":
+        found.append("kl.per is token: long answers are held less, and the gradient is not quite that of KL / length")
+    if config.advantage.estimator in ("gae", "whitened_gae") and (
+        config.advantage.gae_lambda < 1 or config.advantage.discount < 1
+    ):
+        found.append(
+            "advantage.gae_lambda or discount is below 1: the gradient is biased by the critic's errors, which buys "
+            "less noise; watch critic/explained_variance"
+        )
+    if config.critic.kind != "none" and config.critic.warmup_iterations == 0:
+        found.append("critic.warmup_iterations is 0: the policy's first steps follow a critic that knows nothing yet")
     if config.kl.coef == 0:
         found.append("kl.coef is 0: nothing holds the policy near the reference; set run.max_seq_kl_nats at least")
     return found

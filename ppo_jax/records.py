@@ -49,8 +49,12 @@ class Scored:
     ref_logprobs: Float[Array, "B T"]  # nats per token, frozen reference
     token_kl: Float[Array, "B T"]  # exact KL(policy || reference) over the whole vocabulary, nats per token
     token_entropy: Float[Array, "B T"]  # of the policy, nats per token
-    # Where the exact KL is in the loss: the reference's last hidden states, from which its head makes its distribution.
+    # Where a KL is in the loss: the reference's last hidden states, from which its head makes its distribution.
     ref_hidden: Float[Array, "B T D"] | None = None
+    # Where there is a critic, in units of the reward: V of the state each token is drawn from, and of the one behind
+    # the last token of a truncated answer, 0 of the others.
+    values: Float[Array, "B T"] | None = None
+    bootstrap_values: Float[Array, " B"] | None = None
 
 
 @struct.dataclass
@@ -64,6 +68,8 @@ class Experience:
     old_logprobs: Float[Array, "B T"]  # nats per token, frozen
     advantages: Float[Array, "B T"]  # units of the reward
     ref_hidden: Float[Array, "B T D"] | None = None  # as in `Scored`; None where the loss has no KL term
+    old_values: Float[Array, "B T"] | None = None  # of the critic at rollout, frozen; None where there is none
+    returns: Float[Array, "B T"] | None = None  # what the critic learns, units of the reward
 
 
 @struct.dataclass
@@ -71,5 +77,7 @@ class TrainState:
     """All that changes from step to step. The reference is not in it, nor is a random key: draws depend on `step`."""
 
     step: Int[Array, ""]  # finished iterations
-    params: Any  # float32 master weights of the policy
+    params: Any  # float32 master weights of the policy and, under "critic", of the critic
     opt_state: optax.OptState
+    kl_coef: Float[Array, ""]  # β of the next iteration
+    score_moments: Any  # ops.rewards.ScoreMoments of all scores so far

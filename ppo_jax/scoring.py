@@ -4,22 +4,29 @@ Both models give hidden states [B, T, D]; their heads are streamed together over
 entropy and the exact KL of the whole vocabulary are computed without a [B, T, V] array of either.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.masking import zero_masked
 from ppo_jax.ops.streaming import map_row_blocks, merge_micro_batches, micro_batches, rows_per_block
-from ppo_jax.records import Rollout, Scored
+from ppo_jax.records import TRUNCATED, Rollout, Scored
 from ppo_jax.sharding import by_rows, device_count, gather_again
 from ppo_jax.tracing import note_compilation
 
 
-@partial(jax.jit, static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size", "keep_ref_hidden"))
+@partial(
+    jax.jit,
+    static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size", "keep_ref_hidden", "values", "bootstrap"),
+)
 def score(
     params: Params,
     ref_params: Params,
@@ -30,19 +37,24 @@ def score(
     compute_dtype: str,
     micro_batch_size: int,
     keep_ref_hidden: bool = False,
+    values: Callable[..., Float[Array, "B T"]] | None = None,
+    bootstrap: bool = False,
 ) -> Scored:
     """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
 
     `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
     one of the update, not the rollout's, so that the ratio of the first optimizer step is 1. With `keep_ref_hidden` the
     reference's hidden states come along, in the compute dtype: its distribution, B x T x V numbers, is never stored.
+    `values` is a critic's function of (params, policy's hidden states, sequences); with `bootstrap` the states behind
+    truncated answers are valued too.
     """
     batch, length = rollout.response_tokens.shape
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
     params, ref_params = cast(params, compute_dtype), cast(ref_params, compute_dtype)
 
-    def score_answers(sequences):
-        (policy, reference), sequences = gather_again((params, ref_params), sequences)
+    def score_answers(answers):
+        (policy, reference), answers = gather_again((params, ref_params), answers)
+        *sequences, truncated = answers
         _, _, response_tokens, response_mask = sequences
 
         def score_rows(hidden, ref_hidden, tokens):
@@ -56,16 +68,34 @@ def score(
             )
 
         ref_hidden = response_hidden(reference, *sequences, spec=spec)
+        # The state behind an answer is seen by giving every answer one more column, which nothing else looks at.
+        seen = _one_more_column(sequences) if bootstrap else sequences
+        hidden = response_hidden(policy, *seen, spec=spec)
         scored = map_row_blocks(
             score_rows,
-            response_hidden(policy, *sequences, spec=spec),
+            hidden[:, :length],
             ref_hidden,
             response_tokens,
             block_rows=rows_per_block(spec.vocab_size, devices=device_count()),
         )
         scored = jax.tree.map(lambda x: zero_masked(x, response_mask), scored)
-        return replace(scored, ref_hidden=ref_hidden) if keep_ref_hidden else scored
+        if keep_ref_hidden:
+            scored = replace(scored, ref_hidden=ref_hidden)
+        if values is not None:
+            of_states = values(policy, hidden, seen)
+            scored = replace(scored, values=zero_masked(of_states[:, :length], response_mask))
+            if bootstrap:
+                behind = jnp.take_along_axis(of_states, jnp.sum(response_mask, axis=1, keepdims=True), axis=1)
+                scored = replace(scored, bootstrap_values=zero_masked(behind[:, 0], truncated))
+        return scored
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
-    scored = jax.lax.map(score_answers, micro_batches(sequences, micro_batch_size))
+    answers = (*sequences, rollout.finish_reason == TRUNCATED)
+    scored = jax.lax.map(score_answers, micro_batches(answers, micro_batch_size))
     return by_rows(merge_micro_batches(scored))
+
+
+def _one_more_column(sequences: Any) -> Any:
+    """Responses [B, T] as [B, T + 1], the last column masked."""
+    *prompts, tokens, mask = sequences
+    return (*prompts, *(jnp.pad(x, ((0, 0), (0, 1))) for x in (tokens, mask)))

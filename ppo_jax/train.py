@@ -14,7 +14,7 @@ that name: `rollout`, `rewards`, `scoring`, `ops`, `update`; which functions the
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ppo_jax import checkpoint, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
+from ppo_jax.models.critic import split_critic
 from ppo_jax.models.hf_io import save_model
 from ppo_jax.monitor import invariants, metrics, samples
 from ppo_jax.monitor.clock import PhaseClock
@@ -81,21 +82,26 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             temperature=config.rollout.temperature,
             compute_dtype=compute_dtype,
             micro_batch_size=config.micro_batch_size,
-            keep_ref_hidden=config.kl.form == "exact",
+            keep_ref_hidden=run.objective.loss_kl is not None,
+            values=run.objective.values,
+            bootstrap=config.critic.bootstrap_truncated,
         )
 
         # 4. Score and KL become the total reward, token by token.
-        token_rewards = run.token_rewards(seq_scores, scored, answers.response_mask, kl_coef=config.kl.coef)
+        shaped_scores, score_moments = run.algorithm.shape_scores(state.score_moments, seq_scores, answers)  # [B]
+        token_rewards = run.algorithm.token_rewards(shaped_scores, scored, answers.response_mask, kl_coef=state.kl_coef)
 
         # 5. The advantage: which answers were better than their batch.
-        advantages = run.advantages(token_rewards, answers.response_mask)  # [B, T]
+        advantages, returns = run.algorithm.advantages(token_rewards, scored, answers)  # [B, T]
 
-        observed = metrics.to_host(
-            metrics.experience_metrics(answers, scored, seq_scores, jnp.asarray(config.kl.coef, seq_scores.dtype))
+        measured = metrics.experience_metrics(
+            answers, scored, seq_scores, state.kl_coef, shaped_scores=shaped_scores, returns=returns
         )
+        observed = metrics.to_host(measured)
     if step == 0:
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
-        warn(audit(sharding.read(run.mesh, seq_scores)))
+        lengths = jnp.sum(answers.response_mask, axis=1)
+        warn(audit(sharding.read(run.mesh, seq_scores), sharding.read(run.mesh, lengths)))
 
     # 6. A few small, clipped steps.
     with clock.phase("update"):
@@ -107,14 +113,18 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             old_logprobs=scored.old_logprobs,
             advantages=advantages,
             ref_hidden=scored.ref_hidden,
+            old_values=scored.values,
+            returns=returns,
         )
+        next_kl_coef = run.algorithm.next_kl_coef(state.kl_coef, measured["kl/seq_nats"])
         state, optimizer_steps = update.update(
             state, run.ref_params, experience, config=config, optimizer=run.optimizer, objective=run.objective
         )
+        state = replace(state, kl_coef=next_kl_coef, score_moments=score_moments)
         stats = [metrics.to_host(stats) for stats in optimizer_steps]
     if step == 0:
         invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
-    return state, observed | {"kl/coef": config.kl.coef} | update.summarise(stats) | clock.metrics(
+    return state, observed | update.summarise(stats) | clock.metrics(
         response_tokens=int(answers.response_mask.sum())
     )
 
@@ -177,7 +187,7 @@ def train(run: Run, state: TrainState) -> RunResult:
     if config.checkpoint.save_every:
         checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
     policy_directory = run.directory / "policy"
-    policy = sharding.read_on_lead(run.mesh, state.params)
+    policy = sharding.read_on_lead(run.mesh, split_critic(state.params)[0])
     from_lead(lambda: save_model(policy_directory, run.model, policy, dtype=config.model.export_dtype))
     from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
     return RunResult(run.directory, policy_directory, history, state, stop_reason)

@@ -5,20 +5,21 @@ step add up: sums of losses, sums of gradients, one clipping, one AdamW step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.config import Config, UpdateConfig
+from ppo_jax.models.critic import split_critic
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops import kl, losses, masking
-from ppo_jax.ops.logprobs import token_logprobs
+from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.randomness import Purpose, purpose_key
 from ppo_jax.ops.streaming import map_row_blocks, micro_batches, rows_per_block
 from ppo_jax.records import Experience, TrainState
@@ -34,11 +35,28 @@ class Objective:
 
     spec: DecoderSpec
     temperature: float
-    clip_eps: float
+    policy_loss: Callable[..., Float[Array, "B T"]]  # (logprobs, old_logprobs, advantages) -> loss per token
+    clipping_acts: Callable[..., Bool[Array, "B T"]]  # of the same arguments: where the clipping stops the gradient
     loss_weights: Callable[..., Float[Array, "B T"]]  # one of ops.losses.*_weights: mask -> weights
     compute_dtype: str
     micro_batch_size: int
     remat: bool
+    loss_kl: Callable[..., Float[Array, " rows"]] | None = None  # (logits, ref_logits, tokens) -> KL, where β KL is added
+    entropy_coef: float = 0.0
+    critic: "CriticObjective | None" = None
+
+    @property
+    def values(self) -> Callable[..., Float[Array, "B T"]] | None:
+        return None if self.critic is None else self.critic.values
+
+
+@dataclass(frozen=True)
+class CriticObjective:
+    """How a critic makes its values, and how it learns them."""
+
+    values: Callable[..., Float[Array, "B T"]]  # (params, policy's hidden states, sequences) -> values
+    loss: Callable[..., Float[Array, "B T"]]  # (values, old_values, returns) -> loss per token
+    coef: float
 
 
 def learning_rate(
@@ -61,20 +79,22 @@ def learning_rate(
 
 
 @cache
-def make_optimizer(update: UpdateConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(update: UpdateConfig, total_steps: int, *, idle_steps: int = 0) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with decay on matrices only.
 
-    The same object for the same settings, so that a second run in a process compiles nothing again.
+    The learning rate is 0 in the first `idle_steps` of the steps; its schedule begins behind them. The same object for
+    the same settings, so that a second run in a process compiles nothing again.
     """
 
     def schedule(count: Any) -> Array:
-        return learning_rate(
-            count,
+        rate = learning_rate(
+            count - idle_steps,
             peak=update.learning_rate,
             schedule=update.schedule,
             warmup_steps=update.warmup_steps,
-            total_steps=total_steps,
+            total_steps=total_steps - idle_steps,
         )
+        return jnp.where(count < idle_steps, jnp.zeros_like(rate), rate)
 
     adamw = optax.adamw(
         schedule,
@@ -89,39 +109,54 @@ def make_optimizer(update: UpdateConfig, total_steps: int) -> optax.GradientTran
     return optax.chain(optax.clip_by_global_norm(update.max_grad_norm), adamw)
 
 
-def policy_terms(
-    params: Params, ref_params: Params, experience: Experience, objective: Objective
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """What the loss needs of the parameters being trained, in nats per token, 0 at masked positions.
-
-    Log-probs of the response tokens, and the exact KL to the reference where the experience carries the reference's
-    hidden states (0 elsewhere): both heads are streamed together, as in scoring.
-    """
-    params, ref_params = cast(params, objective.compute_dtype), cast(ref_params, objective.compute_dtype)
-    hidden = response_hidden(
-        params,
-        experience.prompt_tokens,
-        experience.prompt_mask,
-        experience.response_tokens,
-        experience.response_mask,
-        spec=objective.spec,
-        remat=objective.remat,
+@cache
+def make_optimizer_with_critic(
+    update: UpdateConfig, total_steps: int, *, critic_learning_rate: float, idle_steps: int
+) -> optax.GradientTransformation:
+    """An optimizer each for policy and critic, each clipped by its own norm; the policy idles while the critic warms up."""
+    of_critic = update.model_copy(update={"learning_rate": critic_learning_rate})
+    return optax.partition(
+        {
+            "policy": make_optimizer(update, total_steps, idle_steps=idle_steps),
+            "critic": make_optimizer(of_critic, total_steps),
+        },
+        lambda params: {name: "critic" if name == "critic" else "policy" for name in params},
     )
-    spec, temperature = objective.spec, objective.temperature
+
+
+class Terms(NamedTuple):
+    """What the loss needs of the parameters being trained; masked positions hold 0."""
+
+    logprobs: Float[Array, "B T"]  # nats per token
+    token_kl: Float[Array, "B T"]  # of `Objective.loss_kl`, nats per token; 0 without one
+    token_entropy: Float[Array, "B T"]  # nats per token; 0 where there is no bonus
+    values: Float[Array, "B T"] | None  # of the critic, units of the reward
+
+
+def loss_terms(params: Params, ref_params: Params, experience: Experience, objective: Objective) -> Terms:
+    """`Terms` of some answers; the heads of policy and reference are streamed together, as in scoring."""
+    params, ref_params = cast(params, objective.compute_dtype), cast(ref_params, objective.compute_dtype)
+    mask, temperature, spec = experience.response_mask, objective.temperature, objective.spec
+    sequences = (experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
+    hidden = response_hidden(params, *sequences, spec=spec, remat=objective.remat)
 
     def rows(hidden, tokens, ref_hidden=None):
         logits = head_logits(params, hidden, spec=spec)
         logprobs = token_logprobs(logits, tokens, temperature=temperature)
-        if ref_hidden is None:
-            return logprobs, jnp.zeros_like(logprobs)
-        ref_logits = head_logits(ref_params, ref_hidden, spec=spec)
-        return logprobs, kl.exact_token_kl(logits, ref_logits, temperature=temperature)
+        token_kl = token_entropy = jnp.zeros_like(logprobs)
+        if objective.loss_kl is not None:
+            ref_logits = head_logits(ref_params, ref_hidden, spec=spec)
+            token_kl = objective.loss_kl(logits, ref_logits, tokens, temperature=temperature)
+        if objective.entropy_coef:
+            token_entropy = entropy(logits, temperature=temperature)
+        return logprobs, token_kl, token_entropy
 
-    inputs = [hidden, experience.response_tokens] + ([] if experience.ref_hidden is None else [experience.ref_hidden])
+    inputs = [hidden, experience.response_tokens] + ([] if objective.loss_kl is None else [experience.ref_hidden])
     block_rows = rows_per_block(spec.vocab_size, devices=device_count())
-    logprobs, token_kl = map_row_blocks(rows, *inputs, block_rows=block_rows)
-    mask = experience.response_mask
-    return masking.zero_masked(logprobs, mask), masking.zero_masked(token_kl, mask)
+    terms = [masking.zero_masked(x, mask) for x in map_row_blocks(rows, *inputs, block_rows=block_rows)]
+    if objective.critic is None:
+        return Terms(*terms, values=None)
+    return Terms(*terms, values=masking.zero_masked(objective.critic.values(params, hidden, sequences), mask))
 
 
 def policy_loss(
@@ -132,24 +167,37 @@ def policy_loss(
     kl_coef: Float[Array, ""],
     objective: Objective,
 ) -> tuple[Float[Array, ""], Stats]:
-    """Σ w (ℓ + β KL) of some answers and the sums that the step's statistics are made of; KL is 0 in the `k1` form."""
+    """Σ w (ℓ + β KL − c_H H + c_V ℓ_V) of some answers, and the sums that the step's statistics are made of.
+
+    A term that the objective does not have is 0; without a critic there is no statistic of one either.
+    """
     mask = experience.response_mask
-    logprobs, token_kl = policy_terms(params, ref_params, experience, objective)
+    terms = loss_terms(params, ref_params, experience, objective)
     old_logprobs = masking.zero_masked(experience.old_logprobs, mask)
     advantages = masking.zero_masked(experience.advantages, mask)
-    token_losses = losses.clipped_policy_loss(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
-    policy, penalty = losses.weighted_sum(token_losses, weights), kl_coef * losses.weighted_sum(token_kl, weights)
-    clipped = losses.clipping_acts(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
-    log_ratio = logprobs - old_logprobs
-    return policy + penalty, {
+    policy = losses.weighted_sum(objective.policy_loss(terms.logprobs, old_logprobs, advantages), weights)
+    penalty = kl_coef * losses.weighted_sum(terms.token_kl, weights)
+    bonus = -objective.entropy_coef * losses.weighted_sum(terms.token_entropy, weights)
+    clipped = objective.clipping_acts(terms.logprobs, old_logprobs, advantages)
+    log_ratio = terms.logprobs - old_logprobs
+    sums = {
         "loss_policy": policy,
         "loss_kl": penalty,
-        "tokens": masking.masked_count(mask, dtype=logprobs.dtype),
-        "clipped_tokens": masking.masked_count(clipped & mask, dtype=logprobs.dtype),
-        "approx_kl_nats": masking.masked_sum(kl.k3(old_logprobs, logprobs), mask),
+        "loss_entropy": bonus,
+        "tokens": masking.masked_count(mask, dtype=log_ratio.dtype),
+        "clipped_tokens": masking.masked_count(clipped & mask, dtype=log_ratio.dtype),
+        "approx_kl_nats": masking.masked_sum(kl.k3(old_logprobs, terms.logprobs), mask),
         "ratio_max": masking.masked_max(jnp.exp(log_ratio), mask),
         "log_ratio_abs_max": masking.masked_max(jnp.abs(log_ratio), mask),
     }
+    total = policy + penalty + bonus
+    if objective.critic is None:
+        return total, sums
+    old_values, returns = (masking.zero_masked(x, mask) for x in (experience.old_values, experience.returns))
+    value = objective.critic.coef * losses.weighted_sum(
+        objective.critic.loss(terms.values, old_values, returns), weights
+    )
+    return total + value, sums | {"loss_value": value}
 
 
 def _combine(first: Stats, second: Stats) -> Stats:
@@ -207,7 +255,7 @@ def ppo_step(
     )
     minibatch = by_rows(jax.tree.map(lambda x: x[rows], experience))
     loss, sums, gradients = loss_and_gradients(params, ref_params, minibatch, kl_coef, objective)
-    grad_norm = optax.tree.norm(gradients)
+    (of_policy, of_critic), grad_norm = split_critic(gradients), optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
         updates, new_opt_state = optimizer.update(gradients, opt_state, params)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -216,14 +264,17 @@ def ppo_step(
     stats = {
         "loss/policy": sums["loss_policy"],
         "loss/kl": sums["loss_kl"],
+        "loss/entropy": sums["loss_entropy"],
         "policy/clip_frac": sums["clipped_tokens"] / sums["tokens"],
         "policy/approx_kl_nats": sums["approx_kl_nats"] / sums["tokens"],
         "policy/ratio_max": sums["ratio_max"],
         "policy/log_ratio_abs_max": sums["log_ratio_abs_max"],
-        "update/grad_norm": grad_norm,
-        "update/param_rel_change": optax.tree.norm(updates) / optax.tree.norm(params),
+        "update/grad_norm": optax.tree.norm(of_policy),
+        "update/param_rel_change": optax.tree.norm(split_critic(updates)[0]) / optax.tree.norm(split_critic(params)[0]),
         "update/skipped_steps": ~finite,
     }
+    if of_critic is not None:
+        stats |= {"loss/value": sums["loss_value"], "critic/grad_norm": optax.tree.norm(of_critic)}
     # Held to their places: a moment that XLA left somewhere else would not fit the memory it came from.
     return by_rules(optax.apply_updates(params, updates)), by_rules(new_opt_state), stats
 
@@ -239,11 +290,15 @@ def update(
 ) -> tuple[TrainState, list[Stats]]:
     """Epochs of shuffled minibatches over one batch; statistics of every optimizer step in order.
 
-    `state` is consumed: its buffers are donated. The shuffle is a function of (seed, step, epoch).
+    `state` is consumed: its buffers are donated. The shuffle is a function of (seed, step, epoch). A step that finds
+    the policy further from the old one than `update.max_approx_kl_nats` is the last.
     """
-    batch, size = config.rollout.batch_size, config.update.minibatch_size
-    kl_coef = jnp.asarray(config.kl.coef, experience.old_logprobs.dtype)
+    batch, size, ceiling = config.rollout.batch_size, config.update.minibatch_size, config.update.max_approx_kl_nats
     params, opt_state, all_stats = state.params, state.opt_state, []
+
+    def finished() -> TrainState:
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+
     for epoch in range(config.update.epochs):
         key = jax.random.fold_in(purpose_key(config.run.seed, state.step, Purpose.SHUFFLE), epoch)
         order = np.asarray(jax.random.permutation(key, batch))
@@ -254,12 +309,14 @@ def update(
                 ref_params,
                 experience,
                 order[start : start + size],
-                kl_coef,
+                state.kl_coef,
                 optimizer=optimizer,
                 objective=objective,
             )
             all_stats.append(stats)
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), all_stats
+            if ceiling is not None and float(stats["policy/approx_kl_nats"]) > ceiling:
+                return finished(), all_stats
+    return finished(), all_stats
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:

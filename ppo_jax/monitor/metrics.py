@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ppo_jax.ops import kl, masking
+from ppo_jax.ops.advantages import explained_variance
 from ppo_jax.records import TRUNCATED, Rollout, Scored
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
@@ -12,12 +13,19 @@ QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 @jax.jit
 def experience_metrics(
-    rollout: Rollout, scored: Scored, seq_scores: Float[Array, " B"], kl_coef: Float[Array, ""]
+    rollout: Rollout,
+    scored: Scored,
+    seq_scores: Float[Array, " B"],
+    kl_coef: Float[Array, ""],
+    *,
+    shaped_scores: Float[Array, " B"],
+    returns: Float[Array, "B T"] | None,
 ) -> dict[str, Float[Array, ""]]:
     """Scores, KL, lengths and log-probs of one batch of answers, before it is trained on.
 
     `reward/mean` is the score minus β times the exact KL, whatever form of the KL the recipe penalises: the forms have
-    the same expectation, and this one is comparable between them.
+    the same expectation, and this one is comparable between them. The KL is there four times: exact, and as k1, k2 and
+    k3 estimate it from the sampled tokens.
     """
     mask = rollout.response_mask
     answered = jnp.any(mask, axis=1)
@@ -28,15 +36,20 @@ def experience_metrics(
 
     seq_kl = mean_over_answers(scored.token_kl)
     score = masking.masked_mean(seq_scores, answered)
-    token_k1 = kl.k1(scored.old_logprobs, scored.ref_logprobs)
+    estimates = {
+        f"kl/{name}_seq_nats": mean_over_answers(estimator(scored.old_logprobs, scored.ref_logprobs))
+        for name, estimator in (("k1", kl.k1), ("k2", kl.k2), ("k3", kl.k3))
+    }
     quantiles = masking.masked_quantiles(scored.old_logprobs, mask, tuple(QUANTILES.values()))
     return {
         "kl/seq_nats": seq_kl,
         "kl/token_nats": masking.masked_mean(scored.token_kl, mask),
         "kl/token_max_nats": masking.masked_max(scored.token_kl, mask),
-        "kl/k1_seq_nats": mean_over_answers(token_k1),
+        **estimates,
+        "kl/coef": kl_coef,
         "score/mean": score,
         "score/std": jnp.sqrt(masking.masked_var(seq_scores, answered)),
+        "score/shaped_mean": masking.masked_mean(shaped_scores, answered),
         "reward/mean": score - kl_coef * seq_kl,
         "response/len_mean_tokens": masking.masked_mean(lengths, answered),
         "response/truncated_frac": jnp.mean(rollout.finish_reason == TRUNCATED, dtype=jnp.float32),
@@ -45,6 +58,18 @@ def experience_metrics(
         "policy/entropy_nats": masking.masked_mean(scored.token_entropy, mask),
         "rollout/logprob_gap_max": masking.masked_max(jnp.abs(rollout.behaviour_logprobs - scored.old_logprobs), mask),
         "rollout/kept_mass": masking.masked_mean(rollout.kept_mass, mask),
+    } | _critic_metrics(scored.values, returns, mask)
+
+
+def _critic_metrics(
+    values: Float[Array, "B T"] | None, returns: Float[Array, "B T"] | None, mask: Bool[Array, "B T"]
+) -> dict[str, Float[Array, ""]]:
+    """How much of the returns the critic foresaw, and what it gives on average; nothing without a critic."""
+    if values is None or returns is None:
+        return {}
+    return {
+        "critic/explained_variance": explained_variance(values, returns, mask),
+        "critic/value_mean": masking.masked_mean(values, mask),
     }
 
 

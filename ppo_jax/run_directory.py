@@ -1,0 +1,78 @@
+"""The directory of a run: which one it is, what describes the run in it, and whether it may be continued."""
+
+import importlib.metadata
+import json
+import platform
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import ppo_jax
+from ppo_jax import checkpoint
+from ppo_jax.config import Config
+from ppo_jax.errors import UserError
+
+DESCRIPTION = "versions.json"
+WATCHED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "orbax-checkpoint")
+
+
+def run_directory(config: Config, *, resume: bool) -> Path:
+    """Where the run lives; one that holds another run is refused unless that run is resumed."""
+    name = config.run.dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    directory = Path(name).expanduser().absolute()
+    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"run.dir: {directory} is there already and not empty; choose another, or continue it with --resume {name}"
+        )
+    return directory
+
+
+def check_resumable(directory: Path, from_python: list[str]) -> None:
+    """What can be refused before the model loads: no checkpoint, or a reward or prompts that only Python can give."""
+    checkpoint.newest(directory / "checkpoints")
+    missing = sorted(set(_description(directory).get("from_python", [])) - set(from_python))
+    if missing:
+        raise UserError(
+            f"--resume: {' and '.join(missing)} of {directory} came from Python; continue it with "
+            f"ppo_jax.fine_tune(resume=..., {', '.join(f'{name}=...' for name in missing)})"
+        )
+
+
+def check_reference(directory: Path, reference_digest: str) -> None:
+    """A continued run keeps its reference: another one would be a fresh KL budget."""
+    expected = _description(directory).get("reference_digest", reference_digest)
+    if expected != reference_digest:
+        raise UserError(
+            f"--resume: the model at model.path is not the one {directory} began with (digest {reference_digest}, "
+            f"expected {expected}); the reference would change"
+        )
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    file = directory / DESCRIPTION
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_description(directory: Path, config: Config, reference_digest: str, from_python: list[str]) -> None:
+    """`config.yaml` as resolved, and what it was run with."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        described = versions() | {"reference_digest": reference_digest, "from_python": from_python}
+        (directory / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from error
+
+
+def versions() -> dict[str, Any]:
+    """Packages, interpreter and devices of this run."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
+        "ppo_jax": ppo_jax.__version__,
+        **{package: importlib.metadata.version(package) for package in WATCHED_PACKAGES},
+    }
