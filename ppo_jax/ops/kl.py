@@ -7,10 +7,10 @@ has no gradient in expectation.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.ops import masking
-from ppo_jax.ops.logprobs import log_distribution
+from ppo_jax.ops.logprobs import log_distribution, token_logprobs
 
 
 def _expm1_minus(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -51,6 +51,25 @@ def k2(logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]) -
 def k3(logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """k3 = ρ(a)/π(a) − 1 − log(ρ(a)/π(a)): unbiased, never negative, also not in float32 near 0. A monitor."""
     return _expm1_minus(logprobs - ref_logprobs)
+
+
+def sampled_token_k3(
+    logits: Float[Array, "*rows V"],
+    ref_logits: Float[Array, "*rows V"],
+    tokens: Int[Array, "*rows"],
+    *,
+    temperature: float,
+) -> Float[Array, "*rows"]:
+    """k3 of the sampled token, to be differentiated in the policy's logits, in nats per token.
+
+        ρ(a)/π_θ(a) − 1 − log(ρ(a)/π_θ(a)),   gradient (1 − ρ(a)/π_θ(a)) ∇ log π_θ(a)
+
+    Trap: the value is unbiased, the gradient is not. In expectation over π it is that of KL(ρ ‖ π) at this state, and
+    what the choice does to later states is missing (docs/truth.md). Where π has left a token of the reference behind
+    (88 nats in float32) it overflows. Source: Shao et al., "DeepSeekMath", 2024, equation 4 (GRPO).
+    """
+    logprobs = token_logprobs(logits, tokens, temperature=temperature)
+    return k3(logprobs, token_logprobs(ref_logits, tokens, temperature=temperature))
 
 
 def future_kl(token_kl: Float[Array, "B T"], response_mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
