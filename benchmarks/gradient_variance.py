@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ppo_jax import build, rollout, scoring, update
+from ppo_jax.algorithm import LOSS_KL, make_objective
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
 from ppo_jax.models import hf_io
@@ -160,7 +161,7 @@ def measure(config: Config, reference: str, batches: int) -> list[dict[str, Any]
     prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
     run = {"model": model, "prompts": prompts, "endings": build.make_endings(config, model)}
     reward = load_function(config.reward.function)
-    objective = replace(build.make_objective(config, model), micro_batch_size=config.update.minibatch_size)
+    objective = replace(make_objective(config, model.spec), micro_batch_size=config.update.minibatch_size)
     moments: dict[str, Moments] = {}
     for step in track(range(batches), description="batches"):
         answers, asked, texts = answers_of(config, run, params, step)
@@ -187,7 +188,13 @@ def measure(config: Config, reference: str, batches: int) -> list[dict[str, Any]
                 ref_hidden=scored.ref_hidden if kl_in_loss else None,
             )
             started = time.perf_counter()
-            gradient = gradients_of(params, ref_params, experience, jnp.float32(config.kl.coef), objective=objective)
+            gradient = gradients_of(
+                params,
+                ref_params,
+                experience,
+                jnp.float32(config.kl.coef),
+                objective=replace(objective, loss_kl=LOSS_KL["exact" if kl_in_loss else "k1"]),
+            )
             jax.block_until_ready(gradient)
             seconds = time.perf_counter() - started
             moments.setdefault(name, Moments()).add(gradient, seconds)

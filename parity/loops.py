@@ -17,6 +17,7 @@ import torch
 from parity.rows import Named, Row, bound_of, compare, dated, named
 from parity.training import in_own_units
 from ppo_jax import build, train
+from ppo_jax.algorithm import make_objective
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
 from ppo_jax.models.decoder import cast
@@ -97,12 +98,13 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
     run = replace(
         run,
         config=in_float64,
-        objective=build.make_objective(in_float64, run.model),
+        objective=make_objective(in_float64, run.model.spec),
         ref_params=cast(run.ref_params, jnp.float64),
     )
     said: Named = {}
     with jax.set_mesh(run.mesh):
-        state = build.first_state(cast(state.params, jnp.float64), optimizer=run.optimizer)
+        params = cast(state.params, jnp.float64)
+        state = build.first_state(params, optimizer=run.optimizer, kl_coef=config.kl.coef)
         for step in range(config.run.iterations):
             state, numbers = train.ppo_iteration(run, state, PhaseClock())
             said |= dated(step, _without_times(numbers))

@@ -15,7 +15,7 @@ from parity.cases import ragged_answers
 from parity.forward import TEMPERATURE, scored_answers
 from parity.rows import Named, Row, bound_of, named, row_of
 from parity.stacks import Pair, in_both
-from ppo_jax import records, update
+from ppo_jax import algorithm, records, update
 from ppo_jax.config import UpdateConfig
 from ppo_jax.ops import losses
 from ppo_torch_ref import ops as torch_ops
@@ -83,10 +83,13 @@ def objectives(
     pair: Pair, case: Update, loss_weights: dict[str, Callable], *, ours: int, theirs: int
 ) -> tuple[update.Objective, torch_update.Objective]:
     """The objective of both stacks, each with its own micro-batch size."""
-    common: Any = {"temperature": TEMPERATURE, "clip_eps": CLIP_EPS}
+    policy_loss, clipping_acts = algorithm.pick_policy_loss(CLIP_EPS)
     return (
         update.Objective(
-            **common,
+            temperature=TEMPERATURE,
+            policy_loss=policy_loss,
+            clipping_acts=clipping_acts,
+            loss_kl=algorithm.LOSS_KL["exact" if case.kl_in_loss else "k1"],
             spec=pair.spec,
             loss_weights=loss_weights["ours"],
             compute_dtype=pair.dtype,
@@ -94,7 +97,11 @@ def objectives(
             remat=False,
         ),
         torch_update.Objective(
-            **common, loss_weights=loss_weights["theirs"], micro_batch_size=theirs, kl_in_loss=case.kl_in_loss
+            temperature=TEMPERATURE,
+            clip_eps=CLIP_EPS,
+            loss_weights=loss_weights["theirs"],
+            micro_batch_size=theirs,
+            kl_in_loss=case.kl_in_loss,
         ),
     )
 

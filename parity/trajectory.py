@@ -19,10 +19,11 @@ from parity.forward import TEMPERATURE
 from parity.rows import Named, Row, bound_of, dated, named, row_of
 from parity.stacks import Pair
 from parity.training import in_own_units, torch_optimizer
-from ppo_jax import build, records, scoring, update
+from ppo_jax import algorithm, records, scoring, update
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
 from ppo_jax.monitor import metrics
+from ppo_jax.ops import rewards
 from ppo_torch_ref import ops as torch_ops
 from ppo_torch_ref import scoring as torch_scoring
 from ppo_torch_ref import train as torch_train
@@ -81,15 +82,11 @@ class JaxSide:
         self.optimizer = update.make_optimizer(config.update, STEPS)
         self.params = jax.tree.map(jnp.copy, pair.params)
         self.opt_state = self.optimizer.init(self.params)
-        self.objective = update.Objective(
-            spec=pair.spec,
-            temperature=TEMPERATURE,
-            clip_eps=config.update.clip_eps,
-            loss_weights=build.pick_loss_weights(config),
-            compute_dtype=pair.dtype,
-            micro_batch_size=config.micro_batch_size,
-            remat=False,
-        )
+        self.algorithm = algorithm.pick_algorithm(config)
+        in_dtype = config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": pair.dtype})})
+        self.objective = algorithm.make_objective(in_dtype, pair.spec)
+        self.kl_coef = jnp.asarray(config.kl.coef, pair.dtype)
+        self.score_moments = rewards.first_moments(pair.dtype)
 
     def answer(self, answers: Answers, seq_scores: np.ndarray) -> Named:
         """Steps 3 to 5; the metrics of the answers."""
@@ -102,20 +99,25 @@ class JaxSide:
             temperature=TEMPERATURE,
             compute_dtype=self.pair.dtype,
             micro_batch_size=self.config.micro_batch_size,
-            keep_ref_hidden=self.config.kl.form == "exact",
+            keep_ref_hidden=self.objective.loss_kl is not None,
         )
-        scores, kl_coef = (jnp.asarray(x, self.pair.dtype) for x in (seq_scores, self.config.kl.coef))
-        token_rewards = build.pick_token_rewards(self.config)(scores, scored, rollout.response_mask, kl_coef=kl_coef)
+        scores = jnp.asarray(seq_scores, self.pair.dtype)
+        shaped, self.score_moments = self.algorithm.shape_scores(self.score_moments, scores, rollout)
+        token_rewards = self.algorithm.token_rewards(shaped, scored, rollout.response_mask, kl_coef=self.kl_coef)
+        advantages, returns = self.algorithm.advantages(token_rewards, scored, rollout)
         self.experience = records.Experience(
             prompt_tokens=rollout.prompt_tokens,
             prompt_mask=rollout.prompt_mask,
             response_tokens=rollout.response_tokens,
             response_mask=rollout.response_mask,
             old_logprobs=scored.old_logprobs,
-            advantages=build.pick_advantages(self.config)(token_rewards, rollout.response_mask),
+            advantages=advantages,
             ref_hidden=scored.ref_hidden,
         )
-        return named(metrics.experience_metrics(rollout, scored, scores, kl_coef))
+        measured = metrics.experience_metrics(
+            rollout, scored, scores, self.kl_coef, shaped_scores=shaped, returns=returns
+        )
+        return named(measured)
 
     def step(self, rows: np.ndarray) -> Named:
         """One optimizer step on these answers; its statistics."""
@@ -125,7 +127,7 @@ class JaxSide:
             self.pair.ref_params,
             self.experience,
             rows,
-            jnp.asarray(self.config.kl.coef, self.pair.dtype),
+            self.kl_coef,
             optimizer=self.optimizer,
             objective=self.objective,
         )

@@ -1,4 +1,4 @@
-"""The only factory: a config becomes models, prompts, reward and optimizer; `algorithm` picks the functions of the steps."""
+"""The factory: a config becomes models, prompts, reward and optimizer; `algorithm` picks the functions of the steps."""
 
 import json
 from collections.abc import Sequence
@@ -126,11 +126,15 @@ def first_critic(
     """The spec of a critic's own trunk, where it has one, and what the critic adds to the parameters."""
     if config.critic.kind == "none":
         return None, {}
-    place = partial(sharding.place_param, mesh)
     if config.critic.kind == "value_head":
-        return None, {"critic": {"head": zero_value_head(model.spec.width, place=place)}}
-    spec, critic = load_critic(config.critic.path, model, initial, place=place)
+        return None, {"critic": {"head": zero_value_head(model.spec.width)}}
+    spec, critic = load_critic(config.critic.path, model, initial, place=partial(sharding.place_param, mesh))
     return spec, {"critic": critic}
+
+
+def abstract_critic(config: Config, model: ModelDirectory) -> tuple[DecoderSpec | None, Params]:
+    """`first_critic` as shapes and dtypes; no weights are loaded."""
+    raise NotImplementedError
 
 
 @partial(jax.jit, static_argnames=("optimizer", "kl_coef"), donate_argnames="params")

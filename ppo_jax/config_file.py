@@ -159,8 +159,8 @@ def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.kl.form != "k1" and estimator not in UNSCALED:
         yield (
             ("kl.form", "advantage.estimator"),
-            f"advantage.estimator ({estimator}) must be one of {', '.join(UNSCALED)} with kl.form {config.kl.form}: the "
-            f"KL in the loss is neither shrunk by a mean that includes the answer nor divided by a standard deviation",
+            f"advantage.estimator ({estimator}) must be one of {', '.join(UNSCALED)} with kl.form {config.kl.form}: "
+            f"the KL in the loss is neither shrunk, as by a mean that includes the answer, nor divided by a deviation",
         )
     if config.kl.form != "k1" and config.kl.per == "token":
         yield (
@@ -183,7 +183,11 @@ def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("advantage.estimator", "critic.kind"),
             f"advantage.estimator ({estimator}) "
-            + ("needs a critic: set critic.kind" if of_critic else f"reads no values: critic.kind {critic.kind} has no use"),
+            + (
+                "needs a critic: set critic.kind"
+                if of_critic
+                else f"reads no values: critic.kind {critic.kind} has no use"
+            ),
         )
     if critic.path is not None and critic.kind != "model":
         yield (("critic.path", "critic.kind"), f"critic.path is for critic.kind model, which is {critic.kind}")

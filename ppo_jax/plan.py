@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_jax import build, rollout, scoring, sharding, update
+from ppo_jax.algorithm import make_objective, pick_optimizer
 from ppo_jax.config import Config
 from ppo_jax.models.decoder import Params, abstract_params, parameter_count
 from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.processes import is_lead
 from ppo_jax.prompts import load_prompts
 from ppo_jax.records import Experience, Rollout
+from ppo_jax.run_directory import run_directory
 
 GIGABYTE = 1e9
 
@@ -25,7 +27,7 @@ def print_plan(config: Config, *, resume: bool) -> None:
     """Print the plan; what `build` checks of mesh, model, prompts and reward is checked here too."""
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh.shape)
-    build.run_directory(config, resume=resume)
+    run_directory(config, resume=resume)
     build.load_function(config.reward.function)
     model = build.open_model(config)
     prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
@@ -51,9 +53,10 @@ def compile_stages(
     """The three jitted functions of an iteration, compiled for their largest shapes without any array."""
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     prompts = batch // config.rollout.answers_per_prompt
-    optimizer = update.make_optimizer(config.update, config.run.iterations * config.optimizer_steps_per_iteration)
-    dtype = config.model.compute_dtype
-    params = sharding.abstract(mesh, abstract_params(model.spec))
+    optimizer, dtype = pick_optimizer(config), config.model.compute_dtype
+    critic_spec, critic = build.abstract_critic(config, model)
+    params = sharding.abstract(mesh, abstract_params(model.spec) | critic)
+    objective = make_objective(config, model.spec, critic_spec)
     reference = sharding.abstract(mesh, abstract_params(model.spec, dtype))
     opt_state = sharding.abstract(mesh, jax.eval_shape(optimizer.init, params))
 
@@ -78,7 +81,9 @@ def compile_stages(
         response_mask=answers.response_mask,
         old_logprobs=answers.behaviour_logprobs,
         advantages=answers.behaviour_logprobs,
-        ref_hidden=array(dtype, batch, length, model.spec.width) if config.kl.form == "exact" else None,
+        ref_hidden=None if objective.loss_kl is None else array(dtype, batch, length, model.spec.width),
+        old_values=None if objective.critic is None else answers.behaviour_logprobs,
+        returns=None if objective.critic is None else answers.behaviour_logprobs,
     )
     with jax.set_mesh(mesh):
         return {
@@ -101,7 +106,9 @@ def compile_stages(
                 temperature=config.rollout.temperature,
                 compute_dtype=dtype,
                 micro_batch_size=config.micro_batch_size,
-                keep_ref_hidden=config.kl.form == "exact",
+                keep_ref_hidden=objective.loss_kl is not None,
+                values=objective.values,
+                bootstrap=config.critic.bootstrap_truncated,
             ).compile(),
             "update": update.ppo_step.lower(
                 params,
@@ -111,7 +118,7 @@ def compile_stages(
                 array(jnp.int32, config.update.minibatch_size),
                 array(jnp.float32),
                 optimizer=optimizer,
-                objective=build.make_objective(config, model),
+                objective=objective,
             ).compile(),
         }
 
@@ -135,7 +142,7 @@ def _memory_table(config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh
         "two moments of AdamW, float32": 2 * device_bytes(mesh, params),
         f"reference, {config.model.compute_dtype}": device_bytes(mesh, reference),
     }
-    if config.kl.form == "exact":
+    if config.kl.form != "k1":
         shape = (config.rollout.batch_size, config.rollout.max_new_tokens, model.spec.width)
         rows = math.prod(sharding.rows(mesh, shape).shard_shape(shape))
         held["reference's last hidden states"] = rows * jnp.dtype(config.model.compute_dtype).itemsize

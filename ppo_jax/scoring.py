@@ -25,7 +25,15 @@ from ppo_jax.tracing import note_compilation
 
 @partial(
     jax.jit,
-    static_argnames=("spec", "temperature", "compute_dtype", "micro_batch_size", "keep_ref_hidden", "values", "bootstrap"),
+    static_argnames=(
+        "spec",
+        "temperature",
+        "compute_dtype",
+        "micro_batch_size",
+        "keep_ref_hidden",
+        "values",
+        "bootstrap",
+    ),
 )
 def score(
     params: Params,

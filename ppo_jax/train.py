@@ -124,9 +124,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         stats = [metrics.to_host(stats) for stats in optimizer_steps]
     if step == 0:
         invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
-    return state, observed | update.summarise(stats) | clock.metrics(
-        response_tokens=int(answers.response_mask.sum())
-    )
+    return state, observed | update.summarise(stats) | clock.metrics(response_tokens=int(answers.response_mask.sum()))
 
 
 def answer(

@@ -41,7 +41,9 @@ class Objective:
     compute_dtype: str
     micro_batch_size: int
     remat: bool
-    loss_kl: Callable[..., Float[Array, " rows"]] | None = None  # (logits, ref_logits, tokens) -> KL, where β KL is added
+    loss_kl: Callable[..., Float[Array, " rows"]] | None = (
+        None  # (logits, ref_logits, tokens) -> KL, where β KL is added
+    )
     entropy_coef: float = 0.0
     critic: "CriticObjective | None" = None
 
@@ -113,7 +115,7 @@ def make_optimizer(update: UpdateConfig, total_steps: int, *, idle_steps: int = 
 def make_optimizer_with_critic(
     update: UpdateConfig, total_steps: int, *, critic_learning_rate: float, idle_steps: int
 ) -> optax.GradientTransformation:
-    """An optimizer each for policy and critic, each clipped by its own norm; the policy idles while the critic warms up."""
+    """An optimizer each for policy and critic, each clipped by its own norm; the policy idles in the first steps."""
     of_critic = update.model_copy(update={"learning_rate": critic_learning_rate})
     return optax.partition(
         {

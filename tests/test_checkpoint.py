@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from ppo_jax import checkpoint
 from ppo_jax.errors import UserError
+from ppo_jax.ops.rewards import ScoreMoments
 from ppo_jax.records import TrainState
 
 
@@ -18,7 +21,13 @@ def some_state(step, seed=0):
     optimizer = optax.adamw(1e-3)
     with jax.numpy_dtype_promotion("standard"):  # optax is not strict
         moments = optimizer.update(params, optimizer.init(params), params)[1]
-    return TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=moments)
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params=params,
+        opt_state=moments,
+        kl_coef=jnp.float32(0.05 + step),
+        score_moments=ScoreMoments(*(jnp.float32(step + i) for i in range(3))),
+    )
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
@@ -40,6 +49,6 @@ def test_a_directory_without_a_checkpoint_and_a_foreign_one_are_refused(tmp_path
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.restore_newest(tmp_path, some_state(0))
     checkpoint.save(tmp_path, some_state(1), keep=1)
-    other = TrainState(step=jnp.zeros((), jnp.int32), params={"x": jnp.zeros(7)}, opt_state=())
+    other = replace(some_state(0), params={"x": jnp.zeros(7)}, opt_state=())
     with pytest.raises(UserError, match="does not fit"):
         checkpoint.restore_newest(tmp_path, other)

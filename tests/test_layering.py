@@ -17,10 +17,12 @@ LEVELS = {
     "ops": 1, "processes": 1,
     "models": 2, "prompts": 2, "sharding": 2, "stop_strings": 2,
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
-    "build": 4,
+    "algorithm": 4, "build": 4, "run_directory": 4,
     "train": 5, "plan": 5, "cli": 6, "__init__": 7, "__main__": 7,
 }  # fmt: skip
 SAME_LEVEL = {
+    ("build", "algorithm"),
+    ("build", "run_directory"),
     ("config_file", "config"),
     ("config_file", "errors"),
     ("config", "errors"),

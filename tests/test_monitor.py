@@ -76,14 +76,20 @@ def test_metrics_are_those_of_the_response_tokens_alone():
         policy_version=jnp.zeros((), jnp.int32),
     )
     scores = jnp.asarray([1.0, -1.0, 3.0])
-    found = metrics.to_host(metrics.experience_metrics(rollout, scored, scores, jnp.float32(0.25)))
+    found = metrics.to_host(
+        metrics.experience_metrics(rollout, scored, scores, jnp.float32(0.25), shaped_scores=2 * scores, returns=None)
+    )
     old, ref, kl = (np.asarray(x, np.float64) for x in (scored.old_logprobs, scored.ref_logprobs, scored.token_kl))
     expected = {
         "kl/seq_nats": np.mean([kl[b, :n].sum() for b, n in enumerate(lengths)]),
         "kl/token_nats": kl[mask].mean(),
         "kl/token_max_nats": kl[mask].max(),
         "kl/k1_seq_nats": np.mean([(old - ref)[b, :n].sum() for b, n in enumerate(lengths)]),
+        "kl/k2_seq_nats": np.mean([(old - ref)[b, :n] @ (old - ref)[b, :n] / 2 for b, n in enumerate(lengths)]),
+        "kl/k3_seq_nats": np.mean([(np.exp(ref - old) - 1 + old - ref)[b, :n].sum() for b, n in enumerate(lengths)]),
+        "kl/coef": 0.25,
         "score/mean": 1.0,
+        "score/shaped_mean": 2.0,
         "score/std": np.std([1.0, -1.0, 3.0]),
         "reward/mean": 1.0 - 0.25 * np.mean([kl[b, :n].sum() for b, n in enumerate(lengths)]),
         "response/len_mean_tokens": lengths.mean(),

@@ -12,7 +12,7 @@ from parity.truth import __main__ as command
 from parity.truth import enumeration, estimators, training
 from parity.truth.claims import direction_error, relative_error, row_of
 from parity.truth.enumeration import EOS, all_answers
-from ppo_jax import build
+from ppo_jax import algorithm
 from ppo_jax.ops import advantages, kl, losses, masking, rewards
 from ppo_torch_ref import ops as torch_ops
 
@@ -161,9 +161,9 @@ MUTANTS = {
 @pytest.fixture
 def fresh_weights():
     """The factory keeps one function of the constant weights for each constant."""
-    build._constant_weights.cache_clear()
+    algorithm._constant_weights.cache_clear()
     yield
-    build._constant_weights.cache_clear()
+    algorithm._constant_weights.cache_clear()
 
 
 def rows_of(part, name):

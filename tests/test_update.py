@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from ppo_jax import update
+from ppo_jax.algorithm import LOSS_KL
 from ppo_jax.config import UpdateConfig
 from ppo_jax.config_file import load
 from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import head_logits, response_hidden
 from ppo_jax.ops import losses
+from ppo_jax.ops.rewards import first_moments
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import Experience, TrainState
 from ppo_jax.update import Objective
@@ -57,15 +59,17 @@ def dense_logprobs(tiny, params, experience):
     return jnp.take_along_axis(log_probs, experience.response_tokens[..., None], axis=-1)[..., 0]
 
 
-def make_objective(tiny, *, micro=6, remat=False, dtype="float32"):
+def make_objective(tiny, *, micro=6, remat=False, dtype="float32", **terms):
     return Objective(
         spec=tiny.model.spec,
         temperature=TEMPERATURE,
-        clip_eps=CLIP_EPS,
+        policy_loss=partial(losses.clipped_policy_loss, clip_eps=CLIP_EPS),
+        clipping_acts=partial(losses.clipping_acts, clip_eps=CLIP_EPS),
         loss_weights=partial(losses.constant_weights, max_response_tokens=T),
         compute_dtype=dtype,
         micro_batch_size=micro,
         remat=remat,
+        **terms,
     )
 
 
@@ -94,7 +98,7 @@ def loss_and_gradients(tiny, experience, objective, ref_params=None):
 
 
 def logprobs_of(tiny, experience, objective):
-    return update.policy_terms(tiny.params, tiny.params, experience, objective)[0]
+    return update.loss_terms(tiny.params, tiny.params, experience, objective).logprobs
 
 
 def largest_difference(a, b):
@@ -155,10 +159,10 @@ def test_the_exact_kl_in_the_loss_is_that_of_whole_distributions_with_the_weight
         token_kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         return KL_COEF * jnp.sum(jnp.where(experience.response_mask, token_kl, 0.0)) / (6 * T)
 
-    without = replace(experience, ref_hidden=None)
+    objectives = (make_objective(tiny, loss_kl=LOSS_KL["exact"]), make_objective(tiny))
     penalty, expected = jax.value_and_grad(written_out)(tiny.params)
     (loss, stats, found), (policy, k1_stats, rest) = (
-        loss_and_gradients(tiny, x, make_objective(tiny), ref_params) for x in (experience, without)
+        loss_and_gradients(tiny, experience, objective, ref_params) for objective in objectives
     )
     assert float(penalty) > 0.1
     np.testing.assert_allclose([stats["loss_policy"], stats["loss_kl"]], [policy, penalty], rtol=1e-5)
@@ -173,7 +177,10 @@ def test_micro_batches_and_recomputation_change_nothing_with_the_kl_in_the_loss(
     experience, ref_params = with_reference
     whole, parts = (
         loss_and_gradients(tiny, experience, objective, ref_params)[2]
-        for objective in (make_objective(tiny), make_objective(tiny, micro=2, remat=True))
+        for objective in (
+            make_objective(tiny, loss_kl=LOSS_KL["exact"]),
+            make_objective(tiny, loss_kl=LOSS_KL["exact"], micro=2, remat=True),
+        )
     )
     assert largest_difference(whole, parts) < 1e-6
 
@@ -300,13 +307,15 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
 
     def record(params, opt_state, ref_params, experience, rows, kl_coef, **_):
         visited.append(rows.tolist())
-        return params, opt_state, {}
+        return params, opt_state, {"policy/approx_kl_nats": jnp.zeros(())}
 
     monkeypatch.setattr(update, "ppo_step", record)
 
     def visits(step):
         visited.clear()
-        state = TrainState(step=jnp.asarray(step), params={}, opt_state=())
+        state = TrainState(
+            step=jnp.asarray(step), params={}, opt_state=(), kl_coef=KL_COEF, score_moments=first_moments(jnp.float32)
+        )
         after, stats = update.update(
             state, {}, experience, config=config, optimizer=OPTIMIZER, objective=make_objective(tiny)
         )

@@ -56,7 +56,7 @@ MUTANTS = (
             "ppo_jax.tracing:bucket",
             "return min(size, largest)", "return min(length, largest)", trap=24),
     Planted("a resumed run takes another reference", "tests/test_train.py::test_a_resumed_run_keeps_its_reward_its_reference_and_its_schedule",
-            "ppo_jax.build:check_reference",
+            "ppo_jax.run_directory:check_reference",
             "if expected != reference_digest:", "if False:", trap=16),
     Planted("resumes from the oldest checkpoint", "tests/test_train.py::test_a_resumed_run_ends_where_the_unbroken_one_ends_bit_for_bit",
             "ppo_jax.checkpoint:newest",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from parity.truth.enumeration import CLIP_EPS, KL_COEF, LENGTH, TEMPERATURE, Answers, Objective
 from parity.truth.recipes import SPEC, Recipe, batch_probabilities, random_params
-from ppo_jax import build, scoring, update
+from ppo_jax import algorithm, scoring, update
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
 from ppo_jax.models.decoder import Params, head_logits, response_hidden
@@ -47,7 +48,11 @@ class JaxStages:
         everything = {name: getattr(rollout, name) for name in names}
         everything |= {"old_logprobs": scored.old_logprobs, "ref_hidden": scored.ref_hidden}
         experience = Experience(**jax.tree.map(lambda x: x[batches.ravel()], everything), advantages=_rows(advantages))
-        return _flat(_update_gradient(self.params, self.ref_params, experience, _rows(weights)))
+        return _flat(
+            _update_gradient(
+                self.params, self.ref_params, experience, _rows(weights), kl_in_loss=recipe.keeps_kl_in_loss
+            )
+        )
 
 
 @jax.jit
@@ -102,23 +107,29 @@ def config_of(recipe: Recipe) -> Config:
 def _advantages_and_weights(recipe: Recipe) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(seq_scores, scored, mask) of a batch -> both [B, T]."""
     config = config_of(recipe)
-    token_rewards, advantages = build.pick_token_rewards(config), build.pick_advantages(config)
-    loss_weights = build.pick_loss_weights(config)
+    token_rewards, advantages = algorithm.pick_token_rewards(config), algorithm.pick_advantages(config)
+    loss_weights = algorithm.pick_loss_weights(config)
 
     def of_batch(seq_scores, scored, mask):
         rewards = token_rewards(seq_scores, scored, mask, kl_coef=recipe.reward_kl_coef)
-        return advantages(rewards, mask), loss_weights(mask, dtype=jnp.float64)
+        of_answers, _ = advantages(rewards, scored, SimpleNamespace(response_mask=mask))
+        return of_answers, loss_weights(mask, dtype=jnp.float64)
 
     return of_batch
 
 
-@jax.jit
-def _update_gradient(params: Params, ref_params: Params, experience: Experience, weights: jax.Array) -> Params:
+@partial(jax.jit, static_argnames="kl_in_loss")
+def _update_gradient(
+    params: Params, ref_params: Params, experience: Experience, weights: jax.Array, *, kl_in_loss: bool
+) -> Params:
+    policy_loss, clipping_acts = algorithm.pick_policy_loss(CLIP_EPS)
     objective = update.Objective(
         spec=SPEC,
         temperature=TEMPERATURE,
-        clip_eps=CLIP_EPS,
-        loss_weights=build.pick_loss_weights(config_of(Recipe("k1", "batch_mean", 2))),
+        policy_loss=policy_loss,
+        clipping_acts=clipping_acts,
+        loss_weights=algorithm.pick_loss_weights(config_of(Recipe("k1", "batch_mean", 2))),
+        loss_kl=algorithm.LOSS_KL["exact" if kl_in_loss else "k1"],
         compute_dtype="float64",
         micro_batch_size=weights.shape[0],
         remat=False,

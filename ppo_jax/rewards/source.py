@@ -63,11 +63,32 @@ def score_answers(function: RewardFunction, prompts: list[str], answers: list[st
     return np.asarray([float(score) for score in scores], np.float32)
 
 
-def audit(seq_scores: np.ndarray) -> list[str]:
-    """Warnings when the scores of a batch cannot teach much: all equal, or only two values."""
-    values = np.unique(seq_scores)
+def audit(seq_scores: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Warnings when the scores of a batch cannot teach much, or teach something else: all equal, only two values, one
+    answer that outweighs the rest, or scores that go with the length of the answer.
+
+    Shapes: both [B]; scores in the units of the source, lengths in tokens.
+    """
+    values, count = np.unique(seq_scores), len(seq_scores)
     if len(values) == 1:
-        return [f"all {len(seq_scores)} scores are {values[0]:g}: no answer beats another, nothing can be learned"]
-    if len(values) == 2 and len(seq_scores) > 4:
+        return [f"all {count} scores are {values[0]:g}: no answer beats another, nothing can be learned"]
+    if len(values) == 2 and count > 4:
         return [f"the scores take only the values {values[0]:g} and {values[1]:g}: prefer a graded score"]
-    return []
+    found = []
+    distances = (seq_scores.astype(np.float64) - np.median(seq_scores)) ** 2
+    if count >= 8 and distances.max() > distances.sum() / 2:
+        farthest = seq_scores[np.argmax(distances)]
+        found.append(
+            f"one score of {count}, {farthest:g}, makes more than half of their variance: heavy tails let single "
+            f"answers steer the update; see reward.clip and reward.normalise"
+        )
+    if np.ptp(lengths) > 0:
+        correlation = float(np.corrcoef(seq_scores.astype(np.float64), lengths)[0, 1])
+        # Of unrelated numbers one batch in a thousand would pass the second bound, which is 3.3 standard errors.
+        if abs(correlation) > max(0.5, 3.3 / np.sqrt(count)):
+            found.append(
+                f"scores and lengths of the answers are correlated ({correlation:+.2f}): the policy may learn to write "
+                f"{'longer' if correlation > 0 else 'shorter'} answers instead of better ones; watch "
+                f"response/len_mean_tokens"
+            )
+    return found
