@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from parity import finite_differences, forward, generation, loops, operations, primitives, training, trajectory
+from parity import credit, finite_differences, forward, generation, loops, operations, primitives, training, trajectory
 from parity.cases import RANDOM_MODELS, random_model, with_reference
 from parity.models import MODELS
 from parity.rows import Row
@@ -15,7 +15,7 @@ SHARED_LEVELS: dict[str, tuple[Callable[[str], Iterator[Row]], ...]] = {
     "L1": (primitives.primitives,),
     "L4": (operations.log_probs,),
     "L5": (operations.divergences,),
-    "L6": (operations.advantage,),
+    "L6": (credit.score, credit.advantage),
     "L7": (operations.loss,),
     "L11": (loops.whole_runs,),
 }

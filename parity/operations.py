@@ -1,25 +1,48 @@
-"""Levels L4 to L7 on shared inputs: the same numbers go into a function of `ppo_jax.ops`, into its twin and into the
-oracle. Where both stacks are wrong alike, only the oracle tells.
+"""Levels L4, L5 and L7 on shared inputs: the same numbers go into a function of `ppo_jax.ops`, into its twin and into
+the oracle. Where both stacks are wrong alike, only the oracle tells. L6 is in `credit`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import torch
 
-from parity import oracle
+from parity import oracle, oracle_losses, oracle_rewards
 from parity.cases import ragged_answers
 from parity.rows import BOUNDS, Named, Row, compare, numpy_of
 from parity.stacks import in_both
-from ppo_jax.ops import advantages, kl, logprobs, losses, rewards, sampling
+from ppo_jax.ops import kl, logprobs, losses, rewards, sampling
 from ppo_torch_ref import ops as torch_ops
+from ppo_torch_ref import shaping as torch_shaping
 
 CASE = "shared inputs"
 TEMPERATURE = 0.7
 CLIP_EPS = 0.2
+
+
+class Functions:
+    """The functions of some modules behind one name, looked up when they are called."""
+
+    def __init__(self, *modules: ModuleType):
+        self.modules = modules
+
+    def __getattr__(self, name: str) -> Any:
+        for module in self.modules:
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(name)
+
+
+TRAINER = Functions(rewards, losses)
+TWIN = Functions(torch_ops, torch_shaping)
+ORACLE = Functions(oracle, oracle_rewards, oracle_losses)
 
 
 @dataclass(frozen=True)
@@ -42,15 +65,30 @@ def in_all(dtype: str, inputs: tuple[np.ndarray, ...]) -> tuple[list[Any], list[
 
 
 def call_all(dtype: str, jax_function: Callable, *inputs: np.ndarray, also: str = "", **fixed: Any) -> Results:
-    """Results of a function and of its namesakes; `also` tells apart two calls of one function."""
+    """Results of a function and of its namesakes; `also` tells apart two calls of one function.
+
+    Arrays among the keyword arguments are inputs too.
+    """
     name = jax_function.__name__
-    functions = (jax_function, getattr(torch_ops, name), getattr(oracle, name))
+    functions = (jax_function, getattr(TWIN, name), getattr(ORACLE, name))
+    by_name = {key: value for key, value in fixed.items() if isinstance(value, np.ndarray)}
     results = []
-    for function, x in zip(functions, in_all(dtype, inputs), strict=True):
-        result = function(*x, **fixed)
+    for function, x in zip(functions, in_all(dtype, (*inputs, *by_name.values())), strict=True):
+        keywords = fixed | dict(zip(by_name, x[len(inputs) :], strict=True))
+        result = function(*x[: len(inputs)], **keywords)
         parts = result if isinstance(result, tuple) else (result,)
         results.append({f"{name}{also}{f'[{i}]' if i else ''}": numpy_of(part) for i, part in enumerate(parts)})
     return Results(*results)
+
+
+def in_every_stack(dtype: str, composition: Callable[..., Named], *inputs: np.ndarray) -> Results:
+    """Of `composition(functions, *inputs, **typed)`; `typed` is the dtype, where the functions take one."""
+    arrays, tensors, exact = in_all(dtype, inputs)
+    return Results(
+        composition(TRAINER, *arrays, dtype=jnp.dtype(dtype)),
+        composition(TWIN, *tensors, dtype=getattr(torch, dtype)),
+        composition(ORACLE, *exact),
+    )
 
 
 def compare_all(level: str, dtype: str, compared: str, *calls: Results, scale: float = 1.0) -> Iterator[Row]:
@@ -108,8 +146,12 @@ def divergences(dtype: str) -> Iterator[Row]:
     logits = rng.normal(0, 2, (5, 50))
     distance = np.array([[0.0], [1e-6], [0.1], [1.0], [3.0]])
     ref_logits = logits + distance * rng.normal(0, 1, logits.shape)
+    tokens = np.array([3, 1, 4, 1, 5], np.int32)
     yield from compare_all(
         "L5", dtype, "exact KL of logits", call_all(dtype, kl.exact_token_kl, logits, ref_logits, temperature=1.3)
+    )
+    yield from compare_all(
+        "L5", dtype, "k3 of logits", call_all(dtype, kl.sampled_token_k3, logits, ref_logits, tokens, temperature=1.3)
     )
     mask = ragged_answers(2).response_mask
     policy = rng.normal(-2, 1, mask.shape)
@@ -121,6 +163,7 @@ def divergences(dtype: str) -> Iterator[Row]:
         *(call_all(dtype, estimator, policy, reference) for estimator in (kl.k1, kl.k2, kl.k3)),
         call_all(dtype, kl.future_kl, (policy - reference) ** 2, mask),
     )
+    yield from compare_all("L5", dtype, "k1 per token", call_all(dtype, rewards.kl_per_token, policy - reference, mask))
     controller: dict[str, Any] = {"target_nats": 6.0, "horizon": 10.0}
     yield from compare_all(
         "L5",
@@ -133,45 +176,30 @@ def divergences(dtype: str) -> Iterator[Row]:
     )
 
 
-def advantage(dtype: str) -> Iterator[Row]:
-    """L6: rewards and advantages of ragged, truncated and empty answers; large equal rewards; a single answer."""
-    rng, mask = np.random.default_rng(0), ragged_answers(2).response_mask
-    scores, token_k1, values = rng.normal(0, 1, len(mask)), rng.normal(0, 0.3, mask.shape), rng.normal(0, 1, mask.shape)
-    token_rewards = np.where(mask, rng.normal(0, 1, mask.shape), 0.0)
-    equal = np.full(mask.shape, 1e8 / 3)
-    discounting: dict[str, Any] = {"discount": 0.9, "gae_lambda": 0.8}
-    leave_one_out, batch_mean = advantages.leave_one_out_to_go_advantages, advantages.batch_mean_advantages
-    for compared, *calls in (
-        ("token rewards", call_all(dtype, rewards.token_rewards, scores, token_k1, mask, kl_coef=0.1)),
-        (
-            "exact KL token rewards",
-            call_all(dtype, rewards.exact_kl_token_rewards, scores, token_k1, mask, kl_coef=0.1),
-        ),
-        ("leave one out to go", call_all(dtype, leave_one_out, token_rewards, mask)),
-        ("batch mean", call_all(dtype, batch_mean, token_rewards, mask)),
-        ("whitened batch mean", call_all(dtype, advantages.whitened_batch_mean_advantages, token_rewards, mask)),
-        ("whitened", call_all(dtype, advantages.whiten, token_rewards, mask)),
-        ("whitened large equal rewards", call_all(dtype, advantages.whiten, equal, mask)),
-        (
-            "a single answer",
-            call_all(dtype, leave_one_out, token_rewards[:1], mask[:1]),
-            call_all(dtype, batch_mean, token_rewards[:1], mask[:1]),
-            call_all(dtype, advantages.whitened_batch_mean_advantages, token_rewards[:1], mask[:1]),
-        ),
-        ("GAE", call_all(dtype, advantages.gae_advantages, token_rewards, values, mask, **discounting)),
-    ):
-        yield from compare_all("L6", dtype, compared, *calls)
-
-
 def loss(dtype: str) -> Iterator[Row]:
     """L7: per-token losses, and their sum under every normaliser."""
     rng, mask = np.random.default_rng(0), ragged_answers(2).response_mask
-    x, old, weight = (rng.normal(0, 0.5, mask.shape) for _ in range(3))
-    per_token = (losses.clipped_policy_loss, losses.clipping_acts, losses.clipped_value_loss)
-    yield from compare_all(
-        "L7", dtype, "per-token losses", *(call_all(dtype, f, x, old, weight, clip_eps=CLIP_EPS) for f in per_token)
-    )
-    yield from compare_all("L7", dtype, "loss under every normaliser", _normalised_losses(dtype, x, mask))
+    inputs = tuple(rng.normal(0, 0.5, mask.shape) for _ in range(3))
+    ratio_losses = (losses.clipped_policy_loss, losses.clipping_acts)
+    unequal, dual = {"clip_eps": CLIP_EPS, "clip_eps_high": 0.4}, {"dual_clip": 1.5}
+    for compared, *calls in (
+        (
+            "per-token losses",
+            *(call_all(dtype, f, *inputs, clip_eps=CLIP_EPS) for f in (*ratio_losses, losses.clipped_value_loss)),
+        ),
+        ("two clip bounds", *(call_all(dtype, f, *inputs, **unequal) for f in ratio_losses)),
+        (
+            "dual clip",
+            *(
+                call_all(dtype, f, *inputs, **bounds, **dual, also=also)
+                for f in (losses.dual_clipped_policy_loss, losses.clipping_acts)
+                for bounds, also in (({"clip_eps": CLIP_EPS}, ""), (unequal, ", two bounds"))
+            ),
+        ),
+        ("unclipped value loss", call_all(dtype, losses.clipped_value_loss, *inputs, clip_eps=math.inf)),
+        ("loss under every normaliser", _normalised_losses(dtype, inputs[0], mask)),
+    ):
+        yield from compare_all("L7", dtype, compared, *calls)
 
 
 def _normalised_losses(dtype: str, token_losses: np.ndarray, mask: np.ndarray) -> Results:
@@ -182,15 +210,10 @@ def _normalised_losses(dtype: str, token_losses: np.ndarray, mask: np.ndarray) -
         "sequence_mean": {},
     }
 
-    def reduced(stack: Any, x: Any, kept: Any, **typed: Any) -> Named:
+    def reduced(functions: Any, x: Any, kept: Any, **typed: Any) -> Named:
         weights = {
-            name: getattr(stack, f"{name}_weights")(kept, **fixed, **typed) for name, fixed in normalisers.items()
+            name: getattr(functions, f"{name}_weights")(kept, **fixed, **typed) for name, fixed in normalisers.items()
         }
-        return {name: numpy_of(stack.weighted_sum(x, w)) for name, w in weights.items()}
+        return {name: numpy_of(functions.weighted_sum(x, w)) for name, w in weights.items()}
 
-    arrays, tensors, exact = in_all(dtype, (token_losses, mask))
-    return Results(
-        reduced(losses, *arrays, dtype=arrays[0].dtype),
-        reduced(torch_ops, *tensors, dtype=tensors[0].dtype),
-        reduced(oracle, *exact),
-    )
+    return in_every_stack(dtype, reduced, token_losses, mask)

@@ -142,6 +142,18 @@ def k3(logprobs: Array, ref_logprobs: Array) -> Array:
     return np.array([math.exp(-d) - 1 + d for d in k1(logprobs, ref_logprobs).flat]).reshape(logprobs.shape)
 
 
+def sampled_token_k3(logits: Array, ref_logits: Array, tokens: Array, *, temperature: float) -> Array:
+    """ρ / π − 1 − log (ρ / π) of the given tokens, [B] of logits [B, V].
+
+    Source: Shao et al., "DeepSeekMath", 2024, equation 4.
+    """
+    out = []
+    for row, ref_row, token in zip(logits, ref_logits, tokens, strict=True):
+        quotient = probabilities(ref_row, temperature)[token] / probabilities(row, temperature)[token]
+        out.append(quotient - 1 - math.log(quotient))
+    return np.array(out)
+
+
 def future_kl(token_kl: Array, response_mask: Array) -> Array:
     """F_t = Σ_{t' > t} KL_t' over the answer's tokens."""
     out = np.zeros(token_kl.shape)
@@ -158,150 +170,3 @@ def next_kl_coef(kl_coef: float, seq_kl: float, *, target_nats: float, horizon: 
     a horizon of 10.
     """
     return kl_coef * (1 + min(max(seq_kl / target_nats - 1, -0.2), 0.2) / horizon)
-
-
-# --- step 4, one reward per token ---
-
-
-def token_rewards(seq_scores: Array, token_k1: Array, response_mask: Array, *, kl_coef: float) -> Array:
-    """r_t = −β k1_t, and the score more on the answer's last token (Ziegler et al., 2019, equation 2, per token)."""
-    out = np.zeros(token_k1.shape)
-    for b, score in enumerate(seq_scores):
-        for t in positions(response_mask[b]):
-            out[b, t] = -kl_coef * token_k1[b, t] + (score if t == positions(response_mask[b])[-1] else 0)
-    return out
-
-
-def exact_kl_token_rewards(seq_scores: Array, token_kl: Array, response_mask: Array, *, kl_coef: float) -> Array:
-    """r_t = −β KL_{t+1}: the state it belongs to was reached by token t. The last token has the score alone."""
-    out = np.zeros(token_kl.shape)
-    for b, score in enumerate(seq_scores):
-        for t in positions(response_mask[b]):
-            out[b, t] = score if t == positions(response_mask[b])[-1] else -kl_coef * token_kl[b, t + 1]
-    return out
-
-
-# --- step 5, advantages; an answer without a token is in no mean ---
-
-
-def answer_rewards(token_rewards: Array, response_mask: Array) -> list[float]:
-    """R_b = Σ_t r_bt."""
-    return [masked_sum(rewards, mask) for rewards, mask in zip(token_rewards, response_mask, strict=True)]
-
-
-def batch_mean_advantages(token_rewards: Array, response_mask: Array) -> Array:
-    """A_bt = R_b − (1/B) Σ_b' R_b'."""
-    totals = answer_rewards(token_rewards, response_mask)
-    mean = masked_mean(np.array(totals), answered(response_mask))
-    return on_answers([total - mean for total in totals], response_mask)
-
-
-def whitened_batch_mean_advantages(token_rewards: Array, response_mask: Array) -> Array:
-    """A_bt = (R_b − mean R) / sqrt(var R + 1e-8), the variance over answers, ddof 0."""
-    totals = np.array(answer_rewards(token_rewards, response_mask))
-    return on_answers(list(whiten(totals, answered(response_mask))), response_mask)
-
-
-def leave_one_out_to_go_advantages(token_rewards: Array, response_mask: Array) -> Array:
-    """A_bt = G_bt − 1/(B − 1) Σ_{b' ≠ b} G_b't with G_bt = Σ_{t' >= t} r_bt', which stays where it was behind the end.
-
-    Source: Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019, equation 8, at every position.
-    """
-
-    def to_go(b: int, t: int) -> float:
-        tokens = positions(response_mask[b])
-        return math.fsum(token_rewards[b, later] for later in tokens if later >= min(t, tokens[-1]))
-
-    out = np.zeros(token_rewards.shape)
-    answers = positions(answered(response_mask))
-    for b in answers:
-        for t in positions(response_mask[b]):
-            others = [to_go(other, t) for other in answers if other != b]
-            out[b, t] = to_go(b, t) - math.fsum(others) / len(others) if others else 0.0
-    return out
-
-
-def whiten(x: Array, mask: Array) -> Array:
-    """(x − mean) / sqrt(var + 1e-8), ddof 0."""
-    out, mean, variance = np.zeros(x.shape), masked_mean(x, mask), masked_var(x, mask)
-    for i in np.ndindex(x.shape):
-        out[i] = (x[i] - mean) / math.sqrt(variance + 1e-8) if mask[i] else 0.0
-    return out
-
-
-def gae_advantages(
-    token_rewards: Array, values: Array, response_mask: Array, *, discount: float, gae_lambda: float
-) -> tuple[Array, Array]:
-    """A_t = Σ_{l >= 0} (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t and V = 0 behind the last token; A + V.
-
-    Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", 2016,
-    equation 16: the sum itself, not its recursion.
-    """
-    advantages, returns = np.zeros(values.shape), np.zeros(values.shape)
-    for b, rewards in enumerate(token_rewards):
-        tokens = positions(response_mask[b])
-        value = {t: float(values[b, t]) for t in tokens}
-        td_error = {t: rewards[t] + discount * value.get(t + 1, 0.0) - value[t] for t in tokens}
-        for t in tokens:
-            steps = (later for later in tokens if later >= t)
-            advantages[b, t] = math.fsum((discount * gae_lambda) ** (later - t) * td_error[later] for later in steps)
-            returns[b, t] = advantages[b, t] + value[t]
-    return advantages, returns
-
-
-# --- step 6, losses per token and the weights that reduce them ---
-
-
-def clipped_policy_loss(policy_logprobs: Array, old_logprobs: Array, advantages: Array, *, clip_eps: float) -> Array:
-    """−min(r A, clip(r, 1 − ε, 1 + ε) A), r = π / π_old.
-
-    Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, equation 7, its sign turned.
-    """
-    out = np.zeros(advantages.shape)
-    for i in np.ndindex(advantages.shape):
-        ratio, advantage = math.exp(policy_logprobs[i] - old_logprobs[i]), advantages[i]
-        out[i] = -min(ratio * advantage, min(max(ratio, 1 - clip_eps), 1 + clip_eps) * advantage)
-    return out
-
-
-def clipping_acts(policy_logprobs: Array, old_logprobs: Array, advantages: Array, *, clip_eps: float) -> Array:
-    """Where clip(r, 1 − ε, 1 + ε) A < r A, so that the ratio is not in the loss."""
-    out = np.zeros(advantages.shape, bool)
-    for i in np.ndindex(advantages.shape):
-        ratio, advantage = math.exp(policy_logprobs[i] - old_logprobs[i]), advantages[i]
-        out[i] = min(max(ratio, 1 - clip_eps), 1 + clip_eps) * advantage < ratio * advantage
-    return out
-
-
-def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip_eps: float) -> Array:
-    """½ max((V − R)², (V_clip − R)²), V_clip within ε of V_old.
-
-    Source: Engstrom et al., "Implementation Matters in Deep Policy Gradients", 2020, section 3.
-    """
-    out = np.zeros(values.shape)
-    for i in np.ndindex(values.shape):
-        clipped = min(max(values[i], old_values[i] - clip_eps), old_values[i] + clip_eps)
-        out[i] = max((values[i] - returns[i]) ** 2, (clipped - returns[i]) ** 2) / 2
-    return out
-
-
-def weighted_sum(token_losses: Array, weights: Array) -> float:
-    """Σ_bt w_bt ℓ_bt."""
-    return math.fsum(float(weights[i] * token_losses[i]) for i in np.ndindex(weights.shape) if weights[i] != 0)
-
-
-def constant_weights(response_mask: Array, *, max_response_tokens: int) -> Array:
-    """1 / (B · longest answer allowed)."""
-    return on_answers([1 / (len(response_mask) * max_response_tokens)] * len(response_mask), response_mask)
-
-
-def token_mean_weights(response_mask: Array) -> Array:
-    """1 / all tokens."""
-    return on_answers([1 / max(response_mask.sum(), 1)] * len(response_mask), response_mask)
-
-
-def sequence_mean_weights(response_mask: Array) -> Array:
-    """1 / (the answer's tokens · answers)."""
-    lengths = [len(positions(mask)) for mask in response_mask]
-    answers = sum(length > 0 for length in lengths)
-    return on_answers([1 / (max(length, 1) * max(answers, 1)) for length in lengths], response_mask)

@@ -4,7 +4,8 @@ Axes: B answers, T response tokens (right-padded), V vocabulary. Masks are True 
 Log-probs, entropies and KLs are in nats, of the full softmax at the sampling temperature, in float32 at least.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,18 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return _expm1_minus(logprobs - ref_logprobs)
 
 
+def sampled_token_k3(logits: Tensor, ref_logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """k3 of the sampled tokens, to be differentiated: the KL term of GRPO's loss, whose gradient is biased."""
+    logprobs = token_logprobs(logits, tokens, temperature=temperature)
+    return k3(logprobs, token_logprobs(ref_logits, tokens, temperature=temperature))
+
+
+def kl_per_token(token_k1: Tensor, response_mask: Tensor) -> Tensor:
+    """k1 divided by the length of its answer."""
+    lengths = masked_count(response_mask, axis=1, dtype=token_k1.dtype).clamp(min=1)
+    return zero_masked(token_k1, response_mask) / lengths[:, None]
+
+
 def future_kl(token_kl: Tensor, response_mask: Tensor) -> Tensor:
     """F_t = Σ_{t' > t} m_t' KL_t'."""
     later = torch.zeros_like(token_kl)
@@ -132,7 +145,7 @@ def next_kl_coef(kl_coef: Tensor, seq_kl: Tensor, *, target_nats: float, horizon
     return kl_coef * (1.0 + error / horizon)
 
 
-# --- rewards and advantages ---
+# --- rewards ---
 
 
 def token_rewards(seq_scores: Tensor, token_k1: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -153,8 +166,11 @@ def score_on_last_token(seq_scores: Tensor, response_mask: Tensor) -> Tensor:
     return zero_masked(seq_scores[:, None], is_last)
 
 
+# --- advantages: token rewards [B, T] to [B, T], rows without a response token left out of every mean ---
+
+
 def batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
-    """A_bt = R_b − (1/B) Σ_b' R_b' with R_b = Σ_t r_bt; rows without a response token are left out."""
+    """A_bt = R_b − (1/B) Σ_b' R_b' with R_b = Σ_t r_bt."""
     seq_rewards = masked_sum(token_rewards, response_mask, axis=1)
     return zero_masked(masked_center(seq_rewards, response_mask.any(dim=1))[:, None], response_mask)
 
@@ -163,6 +179,12 @@ def whitened_batch_mean_advantages(token_rewards: Tensor, response_mask: Tensor)
     """A_bt = (R_b − mean R) / sqrt(var R + 1e-8), mean and variance over answers."""
     seq_rewards = masked_sum(token_rewards, response_mask, axis=1)
     return zero_masked(whiten(seq_rewards, response_mask.any(dim=1))[:, None], response_mask)
+
+
+def leave_one_out_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """A_bt = R_b − mean of the other answers' R_b'; 0 for a single answer."""
+    count = masked_count(response_mask.any(dim=1), dtype=token_rewards.dtype)
+    return batch_mean_advantages(token_rewards, response_mask) * count / (count - 1).clamp(min=1)
 
 
 def leave_one_out_to_go_advantages(token_rewards: Tensor, response_mask: Tensor) -> Tensor:
@@ -176,40 +198,138 @@ def leave_one_out_to_go_advantages(token_rewards: Tensor, response_mask: Tensor)
     return zero_masked(centered * count / (count - 1).clamp(min=1), response_mask)
 
 
+def _in_groups(
+    advantages: Callable[[Tensor, Tensor], Tensor],
+    token_rewards: Tensor,
+    response_mask: Tensor,
+    answers_per_prompt: int,
+) -> Tensor:
+    """`advantages` of every prompt's answers, which are neighbouring rows, by themselves."""
+    groups = zip(token_rewards.split(answers_per_prompt), response_mask.split(answers_per_prompt), strict=True)
+    return torch.cat([advantages(rewards, mask) for rewards, mask in groups])
+
+
+def group_mean_advantages(token_rewards: Tensor, response_mask: Tensor, *, answers_per_prompt: int) -> Tensor:
+    """`batch_mean_advantages` within each group."""
+    return _in_groups(batch_mean_advantages, token_rewards, response_mask, answers_per_prompt)
+
+
+def group_normalised_advantages(token_rewards: Tensor, response_mask: Tensor, *, answers_per_prompt: int) -> Tensor:
+    """`whitened_batch_mean_advantages` within each group."""
+    return _in_groups(whitened_batch_mean_advantages, token_rewards, response_mask, answers_per_prompt)
+
+
+def group_leave_one_out_advantages(token_rewards: Tensor, response_mask: Tensor, *, answers_per_prompt: int) -> Tensor:
+    """`leave_one_out_advantages` within each group."""
+    return _in_groups(leave_one_out_advantages, token_rewards, response_mask, answers_per_prompt)
+
+
+def group_leave_one_out_to_go_advantages(
+    token_rewards: Tensor, response_mask: Tensor, *, answers_per_prompt: int
+) -> Tensor:
+    """`leave_one_out_to_go_advantages` within each group."""
+    return _in_groups(leave_one_out_to_go_advantages, token_rewards, response_mask, answers_per_prompt)
+
+
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / sqrt(var + 1e-8) over the unmasked elements, population variance."""
     return masked_center(x, mask) / torch.sqrt(masked_var(x, mask) + 1e-8)
 
 
 def gae_advantages(
-    token_rewards: Tensor, values: Tensor, response_mask: Tensor, *, discount: float, gae_lambda: float
+    token_rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    discount: float,
+    gae_lambda: float,
+    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) with δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γ λ A_{t+1}; V = 0 behind the answer."""
+    """(advantages, returns) with δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γ λ A_{t+1}.
+
+    Behind the answer A is 0, and V is `bootstrap_values` [B], or 0 without them.
+    """
     rewards, values = zero_masked(token_rewards, response_mask), zero_masked(values, response_mask)
-    advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    if bootstrap_values is not None:
+        next_values = next_values + score_on_last_token(bootstrap_values, response_mask)
+    td_errors = rewards + discount * next_values - values
+    advantages, next_advantage = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        td_error = rewards[:, t] + discount * next_value - values[:, t]
-        next_value, next_advantage = values[:, t], td_error + discount * gae_lambda * next_advantage
+        next_advantage = td_errors[:, t] + discount * gae_lambda * next_advantage
         advantages[:, t] = next_advantage
     return zero_masked(advantages, response_mask), zero_masked(advantages + values, response_mask)
+
+
+def whitened_gae_advantages(
+    token_rewards: Tensor, values: Tensor, response_mask: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """`gae_advantages` of the same settings, whitened over tokens; the returns are those of the unwhitened ones."""
+    advantages, returns = gae_advantages(token_rewards, values, response_mask, **settings)
+    return whiten(advantages, response_mask), returns
+
+
+def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> Tensor:
+    """1 − var(R − V) / var R over tokens, 0 where all returns are equal."""
+    variance, unexplained = masked_var(returns, response_mask), masked_var(returns - values, response_mask)
+    return torch.where(variance > 0, 1.0 - unexplained / variance, torch.zeros_like(variance))
+
+
+def importance_weights(
+    old_logprobs: Tensor, behaviour_logprobs: Tensor, response_mask: Tensor, *, cap: float
+) -> Tensor:
+    """min(π_old / π_behaviour, cap) of every response token; advantages are multiplied by it."""
+    log_ratio = zero_masked(old_logprobs - behaviour_logprobs, response_mask)
+    return zero_masked(torch.exp(log_ratio).clamp(max=cap), response_mask)
 
 
 # --- losses: per token and unreduced; weights of the whole minibatch reduce them ---
 
 
 def clipped_policy_loss(
-    policy_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_eps: float
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
 ) -> Tensor:
-    """ℓ_t = −min(r_t A_t, clip(r_t, 1 − ε, 1 + ε) A_t), r_t = exp(log π_θ − log π_old)."""
+    """ℓ_t = −min(r_t A_t, clip(r_t, 1 − ε, 1 + ε_high) A_t), r_t = exp(log π_θ − log π_old); ε_high is ε by default."""
     ratio = torch.exp(policy_logprobs - old_logprobs)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps) * advantages)
+    clipped_ratio = ratio.clamp(1.0 - clip_eps, 1.0 + (clip_eps if clip_eps_high is None else clip_eps_high))
+    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
-def clipping_acts(policy_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_eps: float) -> Tensor:
-    """Where the clipped branch is the smaller one, so that the token's gradient is 0."""
+def dual_clipped_policy_loss(
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+    dual_clip: float,
+) -> Tensor:
+    """`clipped_policy_loss`, but at most −c A_t where A_t < 0, however large the ratio has become."""
+    token_losses = clipped_policy_loss(
+        policy_logprobs, old_logprobs, advantages, clip_eps=clip_eps, clip_eps_high=clip_eps_high
+    )
+    return torch.where(advantages < 0, torch.minimum(token_losses, -dual_clip * advantages), token_losses)
+
+
+def clipping_acts(
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """Where one of the clippings has won, so that the token's gradient is 0."""
     ratio = torch.exp(policy_logprobs - old_logprobs)
-    return ((advantages > 0) & (ratio > 1.0 + clip_eps)) | ((advantages < 0) & (ratio < 1.0 - clip_eps))
+    highest = 1.0 + (clip_eps if clip_eps_high is None else clip_eps_high)
+    too_low = (ratio < 1.0 - clip_eps) if dual_clip is None else (ratio < 1.0 - clip_eps) | (ratio > dual_clip)
+    return ((advantages > 0) & (ratio > highest)) | ((advantages < 0) & too_low)
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_eps: float) -> Tensor:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from parity import finite_differences, operations, oracle, oracle_layers, primitives
+from parity import credit, finite_differences, operations, oracle, oracle_layers, primitives
+from parity import oracle_losses as losses_oracle
+from parity import oracle_rewards as rewards_oracle
 from parity.cases import random_model
 from parity.stacks import Pair
 from ppo_jax.models import decoder
@@ -57,6 +59,9 @@ def test_divergences():
     check(oracle.k1(policy, reference), [[LN2]])
     check(oracle.k2(policy, reference), [[LN2**2 / 2]])
     check(oracle.k3(policy, reference), [[0.5 - 1 + LN2]])
+    # Squared with token 0: 1/2 and 1/10.
+    found = oracle.sampled_token_k3(logits, ref_logits, np.array([0]), temperature=0.5)
+    check(found, [0.2 - 1 + math.log(5)])
     check(oracle.future_kl(X, MASK), [[5, 3, 0], [0, 0, 0], [0, 0, 0]])
 
 
@@ -68,45 +73,109 @@ def test_the_next_coefficient():
 
 def test_rewards():
     scores = np.array([10.0, 20.0, 30.0])
-    check(oracle.token_rewards(scores, X, MASK, kl_coef=0.5), [[-0.5, -1, 8.5], [18, 0, 0], [0, 0, 0]])
-    check(oracle.exact_kl_token_rewards(scores, X, MASK, kl_coef=0.5), [[-1, -1.5, 10], [20, 0, 0], [0, 0, 0]])
+    check(rewards_oracle.token_rewards(scores, X, MASK, kl_coef=0.5), [[-0.5, -1, 8.5], [18, 0, 0], [0, 0, 0]])
+    check(rewards_oracle.exact_kl_token_rewards(scores, X, MASK, kl_coef=0.5), [[-1, -1.5, 10], [20, 0, 0], [0, 0, 0]])
+
+
+def test_score_moments_and_normalised_scores():
+    seen, counts = np.array([1.0, NAN, 3.0]), np.array([True, False, True])
+    moments = rewards_oracle.merged_moments(rewards_oracle.first_moments(), seen, counts)
+    assert moments == (2, 2, 2)
+    # 1, 3, 5, 7: mean 4, squared distances 9 + 1 + 1 + 9.
+    assert rewards_oracle.merged_moments(moments, np.array([5.0, 7.0]), np.ones(2, bool)) == (4, 4, 20)
+    check(rewards_oracle.normalised_scores(np.array([3.0, 2.0]), moments), [1 / ROOT, 0])
+    nobody = rewards_oracle.merged_moments(rewards_oracle.first_moments(), seen, np.zeros(3, bool))
+    assert nobody == rewards_oracle.first_moments()
+
+
+def test_penalties_and_clipped_scores():
+    check(rewards_oracle.clipped_scores(np.array([-3.0, 0.5, 2.0]), bound=1.0), [-1, 0.5, 1])
+    check(rewards_oracle.missing_eos_penalty(np.array([True, False]), penalty=0.5), [0, 0.5])
+    lengths = np.array([0.0, 1, 4, 6, 8, 9])
+    check(rewards_oracle.too_short_penalty(lengths, min_tokens=4, penalty=2.0), [2, 1.5, 0, 0, 0, 0])
+    found = rewards_oracle.too_long_penalty(lengths, soft_max_tokens=4, max_tokens=8, penalty=2.0)
+    check(found, [0, 0, 0, 1, 2, 2])
+    check(rewards_oracle.kl_per_token(X, MASK), [[1 / 3, 2 / 3, 1], [4, 0, 0], [0, 0, 0]])
 
 
 def test_advantages():
     # R is 6 and 4, its mean 5, its variance 1. To go: 6, 5, 3, and 4 held at 4.
-    check(oracle.batch_mean_advantages(X, MASK), [[1, 1, 1], [-1, 0, 0], [0, 0, 0]])
+    check(rewards_oracle.batch_mean_advantages(X, MASK), [[1, 1, 1], [-1, 0, 0], [0, 0, 0]])
     whitened = np.array([[1, 1, 1], [-1, 0, 0], [0, 0, 0]]) / ROOT
-    check(oracle.whitened_batch_mean_advantages(X, MASK), whitened)
-    check(oracle.leave_one_out_to_go_advantages(X, MASK), [[2, 1, -1], [-2, 0, 0], [0, 0, 0]])
-    check(oracle.leave_one_out_to_go_advantages(X[:1], MASK[:1]), [[0, 0, 0]])
-    check(oracle.whiten(np.array([1.0, 3.0, NAN]), np.array([True, True, False])), [-1 / ROOT, 1 / ROOT, 0])
-    assert not oracle.whiten(np.full(7, 1e8 / 3), np.ones(7, bool)).any()
+    check(rewards_oracle.whitened_batch_mean_advantages(X, MASK), whitened)
+    check(rewards_oracle.leave_one_out_advantages(X, MASK), [[2, 2, 2], [-2, 0, 0], [0, 0, 0]])
+    check(rewards_oracle.leave_one_out_advantages(X[:1], MASK[:1]), [[0, 0, 0]])
+    check(rewards_oracle.leave_one_out_to_go_advantages(X, MASK), [[2, 1, -1], [-2, 0, 0], [0, 0, 0]])
+    check(rewards_oracle.leave_one_out_to_go_advantages(X[:1], MASK[:1]), [[0, 0, 0]])
+    check(rewards_oracle.whiten(np.array([1.0, 3.0, NAN]), np.array([True, True, False])), [-1 / ROOT, 1 / ROOT, 0])
+    assert not rewards_oracle.whiten(np.full(7, 1e8 / 3), np.ones(7, bool)).any()
+
+
+def test_groups():
+    """R is 6 and 4 in one group, 10 and 30 in the other."""
+    rewards_ = np.concatenate([X[:2], [[10, NAN, NAN], [30, NAN, NAN]]])
+    mask = MASK[[0, 1, 1, 1]]
+    options = {"answers_per_prompt": 2}
+    check(rewards_oracle.group_mean_advantages(rewards_, mask, **options)[:, 0], [1, -1, -10, 10])
+    normalised = rewards_oracle.group_normalised_advantages(rewards_, mask, **options)
+    check(normalised[:, 0], [1 / ROOT, -1 / ROOT, -1 / math.sqrt(1 + 1e-10), 1 / math.sqrt(1 + 1e-10)])
+    check(rewards_oracle.group_leave_one_out_advantages(rewards_, mask, **options)[:, 0], [2, -2, -20, 20])
+    to_go = rewards_oracle.group_leave_one_out_to_go_advantages(rewards_, mask, **options)
+    check(to_go, [[2, 1, -1], [-2, 0, 0], [-20, 0, 0], [20, 0, 0]])
+
+
+def test_importance_weights_and_explained_variance():
+    old, behaviour = np.log([[0.5, 0.5, 0.1]]), np.log([[0.25, 1.0, 0.1]])
+    everywhere = np.ones((1, 3), bool)
+    check(rewards_oracle.importance_weights(old, behaviour, everywhere, cap=1.5), [[1.5, 0.5, 1]])
+    values, returns = np.array([[1.0, 1.0, NAN]]), np.array([[0.0, 2.0, NAN]])
+    kept = np.array([[True, True, False]])
+    assert rewards_oracle.explained_variance(values, returns, kept) == 0
+    assert rewards_oracle.explained_variance(returns / 2, returns, kept) == 0.75
+    assert rewards_oracle.explained_variance(returns, values, kept) == 0
 
 
 def test_gae():
     """δ = 1 + 2/2 − 4, 2 + 2/2 − 2, 3 − 2 = −2, 1, 1; with γλ = 1/4: A = −2 + 1.25/4, 1 + 1/4, 1."""
     values = np.array([[4, 2, 2], [8, NAN, NAN], [NAN, NAN, NAN]])
-    found, returns = oracle.gae_advantages(X, values, MASK, discount=0.5, gae_lambda=0.5)
+    found, returns = rewards_oracle.gae_advantages(X, values, MASK, discount=0.5, gae_lambda=0.5)
     check(found, [[-1.6875, 1.25, 1], [-4, 0, 0], [0, 0, 0]])
     check(returns, [[2.3125, 3.25, 3], [4, 0, 0], [0, 0, 0]])
+    # A value of 8 behind the first answer adds 4 to its last δ, and a quarter of what the next has to each before.
+    factors = {"discount": 0.5, "gae_lambda": 0.5, "bootstrap_values": np.array([8.0, 0.0, NAN])}
+    found, returns = rewards_oracle.gae_advantages(X, values, MASK, **factors)
+    check(found, [[-1.4375, 2.25, 5], [-4, 0, 0], [0, 0, 0]])
+    whitened, same = rewards_oracle.whitened_gae_advantages(X, values, MASK, **factors)
+    check(whitened, rewards_oracle.whiten(found, MASK))
+    check(same, returns)
 
 
 def test_losses():
     ratios, advantage = np.array([1.5, 1.5, 0.5, 0.5, 1.1]), np.array([2.0, -2.0, 2.0, -2.0, 2.0])
     inputs = (np.log(ratios), np.zeros(5), advantage)
-    check(oracle.clipped_policy_loss(*inputs, clip_eps=0.2), [-2.4, 3.0, -1.0, 1.6, -2.2])
-    assert oracle.clipping_acts(*inputs, clip_eps=0.2).tolist() == [True, False, False, True, False]
+    check(losses_oracle.clipped_policy_loss(*inputs, clip_eps=0.2), [-2.4, 3.0, -1.0, 1.6, -2.2])
+    assert losses_oracle.clipping_acts(*inputs, clip_eps=0.2).tolist() == [True, False, False, True, False]
+    # The bound of a ratio that is too high is 1.4; a bad token's loss ends at 1.25 times what it lost.
+    wide = {"clip_eps": 0.2, "clip_eps_high": 0.4}
+    check(losses_oracle.clipped_policy_loss(*inputs, **wide), [-2.8, 3.0, -1.0, 1.6, -2.2])
+    check(losses_oracle.dual_clipped_policy_loss(*inputs, **wide, dual_clip=1.25), [-2.8, 2.5, -1.0, 1.6, -2.2])
+    acts = losses_oracle.clipping_acts(*inputs, clip_eps=0.2, clip_eps_high=0.6, dual_clip=1.25)
+    assert acts.tolist() == [False, True, False, True, False]
     # The value moved from 1 to 3, clipped to 2.
     value, old, target = np.array([3.0, 3.0]), np.array([1.0, 1.0]), np.array([0.0, 4.0])
-    check(oracle.clipped_value_loss(value, old, target, clip_eps=1.0), [9 / 2, 4 / 2])
+    check(losses_oracle.clipped_value_loss(value, old, target, clip_eps=1.0), [9 / 2, 4 / 2])
+    check(losses_oracle.clipped_value_loss(value, old, target, clip_eps=math.inf), [9 / 2, 1 / 2])
 
 
 def test_weights():
-    constant, token_mean = oracle.constant_weights(MASK, max_response_tokens=4), oracle.token_mean_weights(MASK)
+    constant, token_mean = (
+        losses_oracle.constant_weights(MASK, max_response_tokens=4),
+        losses_oracle.token_mean_weights(MASK),
+    )
     check(constant, MASK / 12)
     check(token_mean, MASK / 4)
-    check(oracle.sequence_mean_weights(MASK), [[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0, 0], [0, 0, 0]])
-    check([oracle.weighted_sum(X, constant), oracle.weighted_sum(X, token_mean)], [10 / 12, 10 / 4])
+    check(losses_oracle.sequence_mean_weights(MASK), [[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0, 0], [0, 0, 0]])
+    check([losses_oracle.weighted_sum(X, constant), losses_oracle.weighted_sum(X, token_mean)], [10 / 12, 10 / 4])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +203,7 @@ def test_every_formula_has_an_oracle_of_the_same_arguments(module):
     assert formulas
     for formula in formulas:
         expected = [name for name in inspect.signature(formula).parameters if name != "dtype"]
-        assert list(inspect.signature(getattr(oracle, formula.__name__)).parameters) == expected
+        assert list(inspect.signature(getattr(operations.ORACLE, formula.__name__)).parameters) == expected
 
 
 # ---------------------------------------------------------------------------- primitives
@@ -204,14 +273,19 @@ def rewarded_kl(seq_scores, token_k1, response_mask, *, kl_coef):
 
 def ddof_1(x, mask):
     stack = torch_ops if isinstance(x, torch.Tensor) else masking
-    n = max(int(mask.sum()), 2)
+    n = stack.masked_count(mask, dtype=x.dtype).clip(2)
     return stack.masked_mean(stack.masked_center(x, mask) ** 2, mask) * n / (n - 1)
 
 
-def optimistic(policy, old, advantage, *, clip_eps):
+def optimistic(policy, old, advantage, *, clip_eps, clip_eps_high=None):
     stack = torch if isinstance(policy, torch.Tensor) else jnp
     ratio = stack.exp(policy - old)
-    return -stack.maximum(ratio * advantage, stack.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    return -stack.maximum(ratio * advantage, stack.clip(ratio, 1 - clip_eps, 1 + high) * advantage)
+
+
+# What divides by a standard deviation.
+DIVIDED = ("whitened", "whitened batch mean", "normalised, groups of 2", "normalised, groups of 3", "whitened GAE")
 
 
 def unscaled(*inputs, scale, softcap):
@@ -223,8 +297,8 @@ ALIKE = {
     "no scale of the scores": (decoder, "attend", unscaled, primitives.primitives),
     "entropy in bits": (logprobs, "entropy", bits, operations.log_probs),
     "reversed KL": (kl, "exact_token_kl", reversed_kl, operations.divergences),
-    "KL of the wrong sign": (rewards, "token_rewards", rewarded_kl, operations.advantage),
-    "ddof 1": (masking, "masked_var", ddof_1, operations.advantage),
+    "KL of the wrong sign": (rewards, "token_rewards", rewarded_kl, credit.score),
+    "ddof 1": (masking, "masked_var", ddof_1, credit.advantage),
     "clipping of the wrong sign": (losses, "clipped_policy_loss", optimistic, operations.loss),
 }
 
@@ -246,15 +320,15 @@ def test_only_the_oracle_sees_what_both_stacks_do_wrong(monkeypatch, name):
 @pytest.mark.parametrize("stack", ["jax", "torch"])
 def test_a_bug_of_one_stack_is_red_between_the_stacks_and_against_the_oracle(monkeypatch, stack):
     patch(monkeypatch, {"jax": masking, "torch": torch_ops}[stack], "masked_var", ddof_1)
-    red = {row.compared: row for row in operations.advantage("float32") if row.diverged is not None}
-    assert set(red) == {"whitened", "whitened, oracle", "whitened batch mean", "whitened batch mean, oracle"}
+    red = {row.compared: row for row in credit.advantage("float32") if row.diverged is not None}
+    assert set(red) == {f"{name}{against}" for name in DIVIDED for against in ("", ", oracle")}
     assert red["whitened, oracle"].diverged == f"whiten, {stack}"
 
 
 def test_a_wrong_oracle_is_at_odds_with_both_stacks(monkeypatch):
     patch(monkeypatch, oracle, "masked_var", lambda x, mask: 1.1 * float(np.var(x[mask])))
-    red = {row.compared: row for row in operations.advantage("float32") if row.diverged is not None}
-    assert set(red) == {"whitened, oracle", "whitened batch mean, oracle"}
+    red = {row.compared: row for row in credit.advantage("float32") if row.diverged is not None}
+    assert set(red) == {f"{name}, oracle" for name in DIVIDED}
 
 
 @pytest.fixture
