@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ from ppo_jax.models.families import FAMILIES, Tensor, family_of, spec_of, tensor
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"
 
+Place = Callable[[str, np.ndarray], jax.Array]  # puts the array of a parameter's path where it belongs
+
+
+def on_default_device(path: str, value: np.ndarray) -> jax.Array:
+    return jnp.asarray(value)
+
 
 @dataclass(frozen=True)
 class ModelDirectory:
@@ -34,14 +40,17 @@ class ModelDirectory:
     tokenizer: PreTrainedTokenizerBase
 
 
-def resolve_directory(path_or_id: str) -> Path:
-    """A local model directory, or a hub id that is downloaded (configuration, tokenizer and safetensors only)."""
+def resolve_directory(path_or_id: str, *, key: str = "model.path") -> Path:
+    """A local model directory, or a hub id that is downloaded (configuration, tokenizer and safetensors only).
+
+    `key` is the field of the configuration that errors name.
+    """
     local = Path(path_or_id).expanduser()
     if local.is_dir():
         return local
     looks_like_a_path = path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1
     if looks_like_a_path or local.exists():
-        raise UserError(f"model.path: {path_or_id!r} (resolved: {local.absolute()}) is not a directory")
+        raise UserError(f"{key}: {path_or_id!r} (resolved: {local.absolute()}) is not a directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -51,7 +60,7 @@ def resolve_directory(path_or_id: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.path: {path_or_id!r} is neither a local directory ({local.absolute()} does not exist) nor a hub id "
+            f"{key}: {path_or_id!r} is neither a local directory ({local.absolute()} does not exist) nor a hub id "
             f"that could be fetched: {str(error).splitlines()[0]}"
         ) from error
 
@@ -89,9 +98,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{directory} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
 
 
-def open_model(path_or_id: str, *, ignored_config_fields: tuple[str, ...] = ()) -> ModelDirectory:
+def open_model(
+    path_or_id: str, *, key: str = "model.path", ignored_config_fields: tuple[str, ...] = ()
+) -> ModelDirectory:
     """Everything about a model directory or hub id but its weights, which `load_params` reads."""
-    path = resolve_directory(path_or_id)
+    path = resolve_directory(path_or_id, key=key)
     config = load_config(path, ignored_fields=ignored_config_fields)
     return ModelDirectory(path, config, spec_of(config, ignored_fields=ignored_config_fields), load_tokenizer(path))
 
@@ -102,37 +113,67 @@ def load_params(
     spec: DecoderSpec,
     *,
     dtype=jnp.float32,
-    place: Callable[[str, np.ndarray], jax.Array] = lambda _, array: jnp.asarray(array),
+    place: Place = on_default_device,
 ) -> Params:
-    """Weights of a directory, or an error that lists every missing, unexpected and misshapen tensor.
-
-    `place` puts the array of a parameter's path (`layer_0/attn/q/kernel`) where it belongs, one after the other.
-    """
-    shapes = {path: leaf.shape for path, leaf in _by_path(abstract_params(spec)).items()}
-    files = _tensor_files(directory)
-    prefix = family_of(config).prefix
-    # A checkpoint of the bare trunk (the hub's gpt2) leaves out the prefix.
-    bare = not any(name.startswith(prefix) for name in files)
-    rows = tensors_of(config, spec, set(shapes))
-    file_name = {row.name: row.name.removeprefix(prefix) if bare else row.name for row in rows}
-    _check_names(directory, set(file_name.values()), set(files), config, spec)
-    params = {}
-    for row in rows:
-        name = file_name[row.name]
-        parts = _split_tensor(row, _read_tensor(files[name], name), shapes, spec.heads)
-        params |= {path: place(path, part.astype(dtype)) for path, part in parts}
+    """Weights of a causal language model, or an error that lists every missing, unexpected and misshapen tensor."""
     head = family_of(config).head
+    shapes = param_shapes(spec)
+    rows = tensors_of(config, spec, set(shapes))
+    optional = (head,) if spec.tied_head else ()
+    params = load_tensors(
+        directory, config, rows, shapes, heads=spec.heads, optional=optional, dtype=dtype, place=place
+    )
+    files = tensor_files(directory)
     if spec.tied_head and head in files:
-        embedding = next(file_name[row.name] for row in rows if row.params == ("embed",))
+        row = next(row for row in rows if row.params == ("embed",))
+        embedding = _names_in_files(config, [row], files)[row.name]
         if not np.array_equal(_read_tensor(files[head], head), _read_tensor(files[embedding], embedding)):
             raise UserError(
                 f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {head} differs "
                 f"from {embedding}; set tie_word_embeddings to false to use it, or remove it from the file"
             )
+    return params
+
+
+def load_tensors(
+    directory: Path,
+    config: PretrainedConfig,
+    rows: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    heads: int,
+    optional: tuple[str, ...] = (),
+    dtype=jnp.float32,
+    place: Place = on_default_device,
+) -> Params:
+    """The parameters that `rows` hold, of the given shapes; `optional` names tensors that may lie there unread.
+
+    `place` puts the array of a parameter's path (`layer_0/attn/q/kernel`) where it belongs, one after the other.
+    """
+    files = tensor_files(directory)
+    names = _names_in_files(config, rows, files)
+    _check_names(directory, set(names.values()), set(files), ignorable=family_of(config).buffers + optional)
+    params = {}
+    for row in rows:
+        name = names[row.name]
+        parts = _split_tensor(row, _read_tensor(files[name], name), shapes, heads)
+        params |= {path: place(path, part.astype(dtype)) for path, part in parts}
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def param_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a decoder, under paths such as `layer_0/attn/q/kernel`."""
+    return {path: leaf.shape for path, leaf in _by_path(abstract_params(spec)).items()}
+
+
+def _names_in_files(config: PretrainedConfig, rows: Iterable[Tensor], files: Iterable[str]) -> dict[str, str]:
+    """Under which name each row lies in the files: a checkpoint of the bare trunk (the hub's gpt2) has no prefix."""
+    prefix = family_of(config).prefix
+    bare = not any(name.startswith(prefix) for name in files)
+    return {row.name: row.name.removeprefix(prefix) if bare else row.name for row in rows}
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor: one `model.safetensors`, or shards with an index."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():  # where both lie, transformers reads this one too
@@ -177,11 +218,7 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
         raise UserError(f"{file}: tensor {name} cannot be read: {error}") from error
 
 
-def _check_names(
-    directory: Path, expected: set[str], found: set[str], config: PretrainedConfig, spec: DecoderSpec
-) -> None:
-    family = family_of(config)
-    ignorable = family.buffers + ((family.head,) if spec.tied_head else ())
+def _check_names(directory: Path, expected: set[str], found: set[str], *, ignorable: tuple[str, ...]) -> None:
     missing = sorted(expected - found)
     unexpected = sorted(name for name in found - expected if not name.endswith(ignorable))
     if missing or unexpected:
@@ -197,7 +234,7 @@ def _listing(names: list[str], most: int = 12) -> str:
 
 
 def _split_tensor(
-    row: Tensor, stored: np.ndarray, shapes: dict[str, tuple], heads: int
+    row: Tensor, stored: np.ndarray, shapes: Mapping[str, tuple[int, ...]], heads: int
 ) -> Iterable[tuple[str, np.ndarray]]:
     widths = [shapes[path][-1] for path in row.params]
     expected = (*shapes[row.params[0]][:-1], sum(widths))
