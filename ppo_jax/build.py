@@ -19,8 +19,8 @@ from ppo_jax.algorithm import Algorithm, make_objective, pick_algorithm, pick_op
 from ppo_jax.config import EMBEDDED, Config
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
-from ppo_jax.models.decoder import DecoderSpec, Params
-from ppo_jax.models.heads import load_critic, zero_value_head
+from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params
+from ppo_jax.models.heads import critic_spec, load_critic, zero_value_head
 from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.monitor.invariants import digest
 from ppo_jax.monitor.sinks import check_sinks
@@ -84,7 +84,7 @@ def build(
         initial = hf_io.load_params(model.path, model.config, model.spec, place=partial(sharding.place_param, mesh))
         ref_params = copy_params(initial, config.model.compute_dtype)
         reference_digest = digest(ref_params)
-        critic_spec, critic = first_critic(config, model, initial, mesh)
+        spec_of_critic, critic = first_critic(config, model, initial, mesh)
     optimizer = pick_optimizer(config)
     run = Run(
         config=config,
@@ -98,7 +98,7 @@ def build(
         sampling=make_sampling(config),
         endings=endings,
         algorithm=pick_algorithm(config),
-        objective=make_objective(config, model.spec, critic_spec),
+        objective=make_objective(config, model.spec, spec_of_critic),
         optimizer=optimizer,
     )
     start = partial(first_state, optimizer=optimizer, kl_coef=config.kl.coef)
@@ -134,7 +134,14 @@ def first_critic(
 
 def abstract_critic(config: Config, model: ModelDirectory) -> tuple[DecoderSpec | None, Params]:
     """`first_critic` as shapes and dtypes; no weights are loaded."""
-    raise NotImplementedError
+    if config.critic.kind == "none":
+        return None, {}
+    if config.critic.kind == "value_head":
+        return None, {"critic": {"head": jax.eval_shape(partial(zero_value_head, model.spec.width))}}
+    path = config.critic.path
+    spec = critic_spec(model.spec if path is None else hf_io.open_model(path, key="critic.path").spec)
+    head = jax.eval_shape(partial(zero_value_head, spec.width))
+    return spec, {"critic": {"trunk": abstract_params(spec), "head": head}}
 
 
 @partial(jax.jit, static_argnames=("optimizer", "kl_coef"), donate_argnames="params")

@@ -127,7 +127,7 @@ def make_optimizer_with_critic(
 
 
 class Terms(NamedTuple):
-    """What the loss needs of the parameters being trained; masked positions hold 0."""
+    """What the loss needs of the parameters being trained; masked positions hold 0, but in the values."""
 
     logprobs: Float[Array, "B T"]  # nats per token
     token_kl: Float[Array, "B T"]  # of `Objective.loss_kl`, nats per token; 0 without one
@@ -142,7 +142,7 @@ def loss_terms(params: Params, ref_params: Params, experience: Experience, objec
     sequences = (experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
     hidden = response_hidden(params, *sequences, spec=spec, remat=objective.remat)
 
-    def rows(hidden, tokens, ref_hidden=None):
+    def rows(hidden, tokens, ref_hidden: Any = None):
         logits = head_logits(params, hidden, spec=spec)
         logprobs = token_logprobs(logits, tokens, temperature=temperature)
         token_kl = token_entropy = jnp.zeros_like(logprobs)
@@ -153,12 +153,14 @@ def loss_terms(params: Params, ref_params: Params, experience: Experience, objec
             token_entropy = entropy(logits, temperature=temperature)
         return logprobs, token_kl, token_entropy
 
-    inputs = [hidden, experience.response_tokens] + ([] if objective.loss_kl is None else [experience.ref_hidden])
+    inputs: list[Any] = [hidden, experience.response_tokens]
+    if objective.loss_kl is not None:
+        inputs.append(experience.ref_hidden)
     block_rows = rows_per_block(spec.vocab_size, devices=device_count())
     terms = [masking.zero_masked(x, mask) for x in map_row_blocks(rows, *inputs, block_rows=block_rows)]
     if objective.critic is None:
         return Terms(*terms, values=None)
-    return Terms(*terms, values=masking.zero_masked(objective.critic.values(params, hidden, sequences), mask))
+    return Terms(*terms, values=objective.critic.values(params, hidden, sequences))
 
 
 def policy_loss(
@@ -195,10 +197,9 @@ def policy_loss(
     total = policy + penalty + bonus
     if objective.critic is None:
         return total, sums
-    old_values, returns = (masking.zero_masked(x, mask) for x in (experience.old_values, experience.returns))
-    value = objective.critic.coef * losses.weighted_sum(
-        objective.critic.loss(terms.values, old_values, returns), weights
-    )
+    learned: tuple[Any, ...] = (terms.values, experience.old_values, experience.returns)
+    values, old_values, returns = (masking.zero_masked(x, mask) for x in learned)
+    value = objective.critic.coef * losses.weighted_sum(objective.critic.loss(values, old_values, returns), weights)
     return total + value, sums | {"loss_value": value}
 
 

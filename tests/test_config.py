@@ -215,6 +215,15 @@ def test_a_missing_file_or_a_directory_is_named_as_given_and_as_resolved(tmp_pat
         ("rollout.stop_strings", [""]),
         ("rollout.stop_strings", [1]),
         ("kl.coef", -0.1),
+        ("kl.form", "k3"),
+        ("kl.horizon", 0.5),
+        ("kl.target_nats", 0),
+        ("advantage.gae_lambda", 1.1),
+        ("advantage.discount", 0),
+        ("update.dual_clip", 1.0),
+        ("update.importance_cap", 0.9),
+        ("update.max_approx_kl_nats", 0),
+        ("reward.clip", 0),
         ("run.seed", -1),
         ("run.seed", 2**32),
         ("run.seed", False),
@@ -253,7 +262,42 @@ def test_a_value_out_of_its_range_or_type_is_refused_with_key_and_value(key, val
         ),
         ({"rollout.min_new_tokens": 49}, "rollout.min_new_tokens (49) must be at most rollout.max_new_tokens (48)"),
         ({"rollout.batch_size": 1, "update.minibatch_size": 1}, "a single answer has advantage 0"),
-        ({"kl.form": "exact"}, "advantage.estimator (batch_mean) must be leave_one_out_to_go with kl.form exact"),
+        ({"kl.form": "exact"}, "advantage.estimator (batch_mean) must be one of leave_one_out, leave_one_out_to_go, "),
+        *(
+            (
+                {"kl.form": form, "advantage.estimator": estimator, "rollout.answers_per_prompt": 4}
+                | ({"critic.kind": "value_head"} if "gae" in estimator else {}),
+                f"advantage.estimator ({estimator}) must be one of",
+            )
+            for form in ("exact", "biased_k3_in_loss")
+            for estimator in ("whitened_batch_mean", "group_mean", "group_normalised", "whitened_gae")
+        ),
+        (
+            {"kl.per": "token", "kl.form": "exact", "advantage.estimator": "leave_one_out"},
+            "kl.per (token) is for kl.form",
+        ),
+        *(
+            ({"advantage.estimator": estimator}, "rollout.answers_per_prompt is 1: every advantage would be 0")
+            for estimator in (
+                "group_mean",
+                "group_normalised",
+                "group_leave_one_out",
+                "group_leave_one_out_to_go",
+            )
+        ),
+        ({"advantage.estimator": "gae"}, "advantage.estimator (gae) needs a critic: set critic.kind"),
+        ({"critic.kind": "model"}, "advantage.estimator (batch_mean) reads no values"),
+        ({"critic.path": "x"}, "critic.path is for critic.kind model, which is none"),
+        (
+            {"critic.kind": "model", "advantage.estimator": "gae", "critic.warmup_iterations": 5, "run.iterations": 5},
+            "critic.warmup_iterations (5) must be below run.iterations (5)",
+        ),
+        ({"reward.min_tokens": 3}, "reward.too_short_penalty (0) and reward.min_tokens (3) need each other"),
+        ({"reward.too_long_penalty": 1.5}, "reward.too_long_penalty (1.5) and reward.soft_max_tokens (None) need each"),
+        (
+            {"reward.too_long_penalty": 1, "reward.soft_max_tokens": 48},
+            "reward.soft_max_tokens (48) must be below rollout.max_new_tokens (48)",
+        ),
         (
             {"update.warmup_steps": 8, "run.iterations": 2},
             "update.warmup_steps (8) must be below the run's 8 optimizer steps",

@@ -59,6 +59,25 @@ def test_sentiment_orders_texts_and_bears_an_empty_one():
 
 
 def test_constant_and_two_valued_scores_are_warned_of_and_graded_ones_are_not():
-    assert "nothing can be learned" in audit(np.full(8, 2.0))[0]
-    assert "only the values 0 and 1" in audit(np.array([0, 1, 1, 0, 1, 0.0]))[0]
-    assert audit(np.linspace(0, 1, 8)) == []
+    lengths = np.array([3, 9, 4, 4, 5, 3, 8, 7])
+    assert "nothing can be learned" in audit(np.full(8, 2.0), lengths)[0]
+    assert "only the values 0 and 1" in audit(np.array([0, 1, 1, 0, 1, 0.0]), lengths[:6])[0]
+    assert audit(np.linspace(0, 1, 8), lengths) == []
+
+
+def test_one_score_that_outweighs_the_others_is_warned_of():
+    scores = np.array([0.0, 1, -1, 2, -2, 1, -1, 0])
+    assert audit(scores, np.full(8, 5)) == []
+    found = audit(np.where(np.arange(8) == 3, -9.0, scores), np.full(8, 5))
+    assert len(found) == 1
+    assert "one score of 8, -9, makes more than half of their variance" in found[0]
+
+
+def test_scores_that_go_with_the_length_are_warned_of_in_either_direction():
+    rng = np.random.default_rng(0)
+    lengths, noise = rng.integers(1, 48, 64), rng.normal(0, 1, 64)
+    assert audit(noise, lengths) == []
+    longer, shorter = (audit(sign * lengths / 14 + noise, lengths) for sign in (1, -1))
+    assert len(longer) == len(shorter) == 1
+    assert "longer answers instead of better" in longer[0]
+    assert "shorter answers instead of better" in shorter[0]
