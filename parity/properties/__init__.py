@@ -5,7 +5,24 @@ property of the whole system is tested where the system runs: the checkpoint's b
 resume + run(N − k) and equal metrics of equal seeds in tests/test_train.py and tests/test_checkpoint.py.
 """
 
-from parity.properties import advantages, controllers, gae, kl, logprobs, losses, masking, models, rewards, sampling
+from parity.properties import (
+    advantages,
+    controllers,
+    gae,
+    groups,
+    kl,
+    logprobs,
+    losses,
+    masking,
+    models,
+    policy_loss,
+    rewards,
+    sampling,
+    scores,
+)
 
-TOPICS = (masking, logprobs, models, kl, controllers, rewards, advantages, gae, losses, sampling)
+TOPICS = (
+    *(masking, logprobs, models, kl, controllers),
+    *(scores, rewards, advantages, groups, gae, policy_loss, losses, sampling),
+)
 PROPERTIES = tuple(one for topic in TOPICS for one in topic.PROPERTIES)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from parity.planting import Mutant
 from parity.properties.draws import answers, drawn, floats, in_sixty_fourths, matrices, poisoned, size_of
 from parity.properties.masking import DDOF_ONE
 from parity.properties.rows import Excess, Property, bug, differ, excess, worst
@@ -18,6 +19,7 @@ def _baselined(ops: Any, rewards: Any, mask: Any) -> tuple[Any, Any, Any]:
         ops.batch_mean_advantages(rewards, mask),
         ops.whitened_batch_mean_advantages(rewards, mask),
         ops.leave_one_out_to_go_advantages(rewards, mask),
+        ops.leave_one_out_advantages(rewards, mask),
     )
 
 
@@ -49,7 +51,7 @@ def a_constant_on_every_score_changes_no_advantage(
     last = (np.arange(mask.shape[1])[None] == mask.sum(1, keepdims=True) - 1) & mask
     plain, shifted = (np.where(last, scores[:, None] + np.float32(c), np.float32(0)) for c in (0, shift))
     # Multiples of 1/64 are exact up to the division of the mean; whitening divides what is left by 1e-4 at least.
-    bounds = 8 * stack.eps * len(mask) * (1 + np.abs(scores).max()) * np.array([1.0, 1e5, 1.0])
+    bounds = 8 * stack.eps * len(mask) * (1 + np.abs(scores).max()) * np.array([1.0, 1e5, 1.0, 1.0])
     pairs = zip(stack.run(_baselined, shifted, mask), stack.run(_baselined, plain, mask), bounds, strict=True)
     return worst(*(differ(x, y, bound) for x, y, bound in pairs))
 
@@ -166,7 +168,7 @@ PROPERTIES = (
             *bug(
                 "itself in its baseline",
                 "leave_one_out_to_go_advantages",
-                (" * (answers / jnp.maximum(answers - 1.0, 1.0))", ""),
+                (" * _without_itself(answered[:, 0], held.dtype)", ""),
                 (" * count / (count - 1).clamp(min=1)", ""),
             ),
             *bug(
@@ -196,12 +198,23 @@ PROPERTIES = (
     Property(
         a_batch_of_one_gives_zero,
         drawn(rewards=matrices((1, 3), 8.0), length=st.integers(1, 3)),
-        bug(
-            "others counted without a floor",
-            "leave_one_out_to_go_advantages",
-            ("jnp.maximum(answers - 1.0, 1.0)", "(answers - 1.0)"),
-            ("(count - 1).clamp(min=1)", "(count - 1)"),
-        ),
+        [
+            Mutant(
+                "others counted without a floor",
+                "ppo_jax.ops.advantages:_without_itself",
+                "jnp.maximum(answers - 1.0, 1.0)",
+                "(answers - 1.0)",
+            ),
+            *(
+                Mutant(
+                    "others counted without a floor",
+                    f"ppo_torch_ref.ops:{name}",
+                    "(count - 1).clamp(min=1)",
+                    "(count - 1)",
+                )
+                for name in ("leave_one_out_to_go_advantages", "leave_one_out_advantages")
+            ),
+        ],
     ),
     Property(
         whitening_undoes_an_affine_map,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from parity.properties.draws import (
     ROWS,
@@ -102,6 +103,27 @@ def k3_keeps_its_digits_near_zero(stack: Stack, *, logprobs: np.ndarray, ref_log
     d = logprobs.astype(np.float64) - ref_logprobs
     return differ(
         stack.k3(logprobs, ref_logprobs), np.expm1(-d) + d, 4 * stack.eps * (np.abs(d) + np.abs(np.expm1(-d)))
+    )
+
+
+def k3_of_logits_is_that_of_their_log_probs(
+    stack: Stack, *, logits: np.ndarray, ref_logits: np.ndarray, tokens: np.ndarray, temperature: float
+) -> Excess:
+    """Never negative; its gradient is (1 − ρ/π) ∇ log π of the token, which is none at the reference."""
+    ours, (gradient, _) = stack.differentiate(
+        op("sampled_token_k3"), logits, ref_logits, tokens, temperature=temperature
+    )
+    log_p, log_q = log_softmax(logits, temperature), log_softmax(ref_logits, temperature)
+    d = np.take_along_axis(log_p - log_q, tokens[:, None], axis=-1)
+    score = ((np.arange(VOCAB) == tokens[:, None]) - np.exp(log_p)) / temperature
+    # Each log-prob is off by some roundings of the logits, which k3 multiplies by 1 − ρ/π.
+    rounding = 16 * stack.eps * (1 + np.abs(logits).max() + np.abs(ref_logits).max()) / temperature
+    slope = 1 + np.exp(-d)
+    return worst(
+        excess(-ours),
+        differ(ours, (np.expm1(-d) + d)[:, 0], rounding * (np.abs(d) + np.abs(np.expm1(-d)))[:, 0] + rounding**2),
+        differ(gradient, -np.expm1(-d) * score, rounding * slope / temperature),
+        excess(np.abs(stack.sampled_token_k3(logits, logits, tokens, temperature=temperature))),
     )
 
 
@@ -248,6 +270,27 @@ PROPERTIES = (
             ("jnp.expm1(-log_ratio)", "jnp.exp(-log_ratio) - 1.0"),
             ("torch.expm1(-log_ratio)", "torch.exp(-log_ratio) - 1.0"),
         ),
+    ),
+    Property(
+        k3_of_logits_is_that_of_their_log_probs,
+        st.one_of(drawn(**MODERATE), near_logits()).flatmap(
+            lambda case: drawn(
+                **{name: st.just(x) for name, x in case.items()},
+                tokens=arrays(np.int32, ROWS, elements=st.integers(0, VOCAB - 1)),
+                temperature=TEMPERATURES,
+            )
+        ),
+        [
+            *bug(
+                "reference not at the temperature",
+                "sampled_token_k3",
+                (
+                    "token_logprobs(ref_logits, tokens, temperature=temperature)",
+                    "token_logprobs(ref_logits, tokens, temperature=1.0)",
+                ),
+            ),
+            *bug("k2 for k3", "sampled_token_k3", ("return k3(", "return k2(")),
+        ],
     ),
     Property(
         expectations_of_k1_and_k3_are_the_exact_kl,

@@ -1,4 +1,4 @@
-"""The clipped losses, and the weights that reduce them."""
+"""The value loss of a token, and the weights that reduce what tokens lose."""
 
 import itertools
 import math
@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from parity.planting import Mutant
 from parity.properties.draws import SHAPES, answers, drawn, matrices
 from parity.properties.masking import MULTIPLIED
-from parity.properties.rows import Excess, Property, bug, differ, excess, forbid, worst
+from parity.properties.policy_loss import EPS, minibatches, ratio_of, without
+from parity.properties.rows import Excess, Property, bug, differ, excess, worst
 from parity.properties.stack import Stack, op
 
-EPS = 0.2
 MAX_TOKENS = 7
 NORMALISERS = ("constant", "token_mean", "sequence_mean")
-POLICY_LOSS = op("clipped_policy_loss")
 
 
 def minibatch_loss(ops: Any, policy: Any, old: Any, advantages: Any, mask: Any, *, normaliser: str) -> Any:
@@ -35,83 +34,6 @@ def _normaliser_weights(ops: Any, x: Any, mask: Any, *, normaliser: str) -> Any:
     return weights(ops, mask, dtype=x.dtype, normaliser=normaliser)
 
 
-def _ratio(policy: np.ndarray, old: np.ndarray) -> np.ndarray:
-    return np.exp(policy.astype(np.float64) - old)
-
-
-def _rounding(stack: Stack, policy: np.ndarray, old: np.ndarray, advantages: np.ndarray) -> np.ndarray:
-    """Of r A: log-probs of size x round the ratio by x roundings."""
-    size = _ratio(policy, old) * np.abs(advantages)
-    return 8 * stack.eps * (1 + np.abs(policy) + np.abs(old)) * size + 1e-37
-
-
-# ---------------------------------------------------------------------------- per token
-
-
-def at_ratio_one_the_gradient_is_the_policy_gradient(
-    stack: Stack, *, policy: np.ndarray, advantages: np.ndarray, mask: np.ndarray
-) -> Excess:
-    """Exactly: d(−r A)/d log π = −A."""
-    loss, (gradient, *_) = stack.differentiate(POLICY_LOSS, policy, policy, advantages, clip_eps=EPS)
-    return worst(differ(gradient, -advantages), differ(loss, -advantages))
-
-
-def clipping_is_pessimistic(
-    stack: Stack, *, policy: np.ndarray, old: np.ndarray, advantages: np.ndarray, mask: np.ndarray
-) -> Excess:
-    """At every token the clipped loss is the larger one."""
-    ours = stack.clipped_policy_loss(policy, old, advantages, clip_eps=EPS)
-    return excess(-_ratio(policy, old) * advantages - ours, _rounding(stack, policy, old, advantages))
-
-
-def the_gradient_is_zero_exactly_where_clipping_must_act(
-    stack: Stack, *, policy: np.ndarray, old: np.ndarray, advantages: np.ndarray, mask: np.ndarray
-) -> Excess:
-    """And −r A elsewhere; the clip fraction counts the same tokens."""
-    ratio = _ratio(policy, old)
-    must_act = ((advantages > 0) & (ratio > 1 + EPS)) | ((advantages < 0) & (ratio < 1 - EPS))
-    on_an_edge = np.minimum(np.abs(ratio - 1 - EPS), np.abs(ratio - 1 + EPS)) < 1e-4  # either side is right
-    _, (gradient, *_) = stack.differentiate(POLICY_LOSS, policy, old, advantages, clip_eps=EPS)
-    acts = stack.clipping_acts(policy, old, advantages, clip_eps=EPS)
-    expected = np.where(must_act, 0.0, -ratio * advantages)
-    rounding = np.where(must_act, 0.0, _rounding(stack, policy, old, advantages))
-    return worst(
-        differ(gradient[~on_an_edge], expected[~on_an_edge], rounding[~on_an_edge]),
-        forbid((acts != must_act)[~on_an_edge]),
-    )
-
-
-def without_a_limit_the_loss_is_the_unclipped_one(
-    stack: Stack, *, policy: np.ndarray, old: np.ndarray, advantages: np.ndarray, mask: np.ndarray
-) -> Excess:
-    ours = stack.clipped_policy_loss(policy, old, advantages, clip_eps=1e30)
-    return differ(ours, -_ratio(policy, old) * advantages, _rounding(stack, policy, old, advantages))
-
-
-def the_loss_is_linear_in_the_scale_of_the_advantages(
-    stack: Stack, *, policy: np.ndarray, old: np.ndarray, advantages: np.ndarray, mask: np.ndarray, scale: float
-) -> Excess:
-    """By powers of two, so exactly; its gradient too."""
-    (loss, (gradient, *_)), (base, (base_gradient, *_)) = (
-        stack.differentiate(POLICY_LOSS, policy, old, x, clip_eps=EPS)
-        for x in (np.float32(scale) * advantages, advantages)
-    )
-    return worst(differ(loss, scale * base), differ(gradient, scale * base_gradient))
-
-
-def extreme_log_ratios_stay_finite(stack: Stack, *, old: np.ndarray, signs: np.ndarray, mask: np.ndarray) -> Excess:
-    """80 nats in float32, 700 in float64, between log-probs that are far from 0 themselves."""
-    extreme = {"float32": 80.0, "float64": 700.0}[stack.dtype]
-    advantages = np.sign(signs)
-    distant = old - 200
-    policy = distant + np.where(np.abs(signs) > 4, extreme, -extreme)
-    loss, (gradient, *_) = stack.differentiate(POLICY_LOSS, policy, distant, advantages, clip_eps=EPS)
-    ratio = _ratio(policy, distant)
-    expected = -np.minimum(ratio * advantages, ratio.clip(1 - EPS, 1 + EPS) * advantages)
-    # The difference of two log-probs is as exact as they are, and the ratio is exp of it.
-    return worst(differ(loss, expected, 2000 * stack.eps * np.abs(expected)), forbid(~np.isfinite(gradient)))
-
-
 def the_value_loss_is_pessimistic_and_stops_where_it_is_clipped(
     stack: Stack, *, values: np.ndarray, old: np.ndarray, returns: np.ndarray, mask: np.ndarray
 ) -> Excess:
@@ -128,6 +50,19 @@ def the_value_loss_is_pessimistic_and_stops_where_it_is_clipped(
     return worst(
         differ(ours, np.maximum(plain_square, clipped_square) / 2, 8 * stack.eps * size**2),
         differ(gradient[decided], expected[decided], 8 * stack.eps * size[decided]),
+    )
+
+
+def without_a_limit_the_value_loss_is_half_the_squared_error(
+    stack: Stack, *, values: np.ndarray, old: np.ndarray, returns: np.ndarray, mask: np.ndarray
+) -> Excess:
+    """And its gradient the error."""
+    ours, (gradient, *_) = stack.differentiate(op("clipped_value_loss"), values, old, returns, clip_eps=math.inf)
+    values, returns = values.astype(np.float64), returns.astype(np.float64)
+    size = np.abs(values) + np.abs(old) + np.abs(returns)
+    return worst(
+        differ(ours, (values - returns) ** 2 / 2, 8 * stack.eps * size**2),
+        differ(gradient, values - returns, 8 * stack.eps * size),
     )
 
 
@@ -223,90 +158,32 @@ def _weighted(ops: Any, policy: Any, old: Any, advantages: Any, reduce: Any) -> 
 
 
 def _loss_size(policy: np.ndarray, old: np.ndarray, advantages: np.ndarray, mask: np.ndarray) -> float:
-    return float(np.where(mask, np.maximum(1.2, _ratio(policy, old)) * np.abs(advantages), 0).sum()) * mask.size
+    return float(np.where(mask, np.maximum(1.2, ratio_of(policy, old)) * np.abs(advantages), 0).sum()) * mask.size
 
 
 # ---------------------------------------------------------------------------- cases and mutants
 
-
-@st.composite
-def minibatches(draw, shapes=SHAPES, **more: Any) -> dict[str, Any]:
-    """Log-probs with those of an old policy a ratio of exp(± 0.1), exp(± 1) or exp(± 4) away."""
-    case = draw(answers("old", "drift", "advantages", limit=4.0, shapes=shapes))
-    old = -np.abs(case["old"])
-    drift = np.float32(draw(st.sampled_from([0.025, 0.25, 1.0]))) * case.pop("drift")
-    case |= {"old": old, "policy": (old + drift).astype(np.float32)}
-    return case | {name: draw(strategy) for name, strategy in more.items()}
-
-
-def without(cases: Any, *names: str) -> Any:
-    return cases.map(lambda case: {name: x for name, x in case.items() if name not in names})
-
-
 NORMALISER = st.sampled_from(NORMALISERS)
 POISON = st.sampled_from([math.nan, math.inf, 1e30, -1e30])
-UNCLIPPED = bug(
-    "unclipped",
-    "clipped_policy_loss",
-    ("-jnp.minimum(ratio * advantages, clipped_ratio * advantages)", "-ratio * advantages"),
-    (
-        "-torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps) * advantages)",
-        "-ratio * advantages",
-    ),
-)
 
 PROPERTIES = (
-    Property(
-        at_ratio_one_the_gradient_is_the_policy_gradient,
-        without(minibatches(), "old"),
-        bug(
-            "inverse ratio",
-            "clipped_policy_loss",
-            ("policy_logprobs - old_logprobs", "old_logprobs - policy_logprobs"),
-        ),
-    ),
-    Property(
-        clipping_is_pessimistic,
-        minibatches(),
-        bug("the larger of both", "clipped_policy_loss", ("minimum", "maximum")),
-    ),
-    Property(
-        the_gradient_is_zero_exactly_where_clipping_must_act,
-        minibatches(),
-        [
-            *UNCLIPPED,
-            *bug("counted on either side", "clipping_acts", ("(advantages < 0) & ", "")),
-        ],
-    ),
-    Property(
-        without_a_limit_the_loss_is_the_unclipped_one,
-        minibatches(),
-        bug("a limit of its own", "clipped_policy_loss", ("1.0 + clip_eps", "1.2")),
-    ),
-    Property(
-        the_loss_is_linear_in_the_scale_of_the_advantages,
-        minibatches(scale=st.sampled_from([0.5, 8.0])),
-        bug(
-            "clipped ratio without its advantage",
-            "clipped_policy_loss",
-            ("clipped_ratio * advantages", "clipped_ratio"),
-            ("1.0 + clip_eps) * advantages", "1.0 + clip_eps)"),
-        ),
-    ),
-    Property(
-        extreme_log_ratios_stay_finite,
-        without(answers("old", "signs"), ""),
-        bug(
-            "a quotient of probabilities",
-            "clipped_policy_loss",
-            ("jnp.exp(policy_logprobs - old_logprobs)", "jnp.exp(policy_logprobs) / jnp.exp(old_logprobs)"),
-            ("torch.exp(policy_logprobs - old_logprobs)", "torch.exp(policy_logprobs) / torch.exp(old_logprobs)"),
-        ),
-    ),
     Property(
         the_value_loss_is_pessimistic_and_stops_where_it_is_clipped,
         answers("values", "old", "returns", limit=2.0),
         bug("the smaller of both", "clipped_value_loss", ("maximum", "minimum")),
+    ),
+    Property(
+        without_a_limit_the_value_loss_is_half_the_squared_error,
+        answers("values", "old", "returns", limit=2.0),
+        [
+            *bug("no half", "clipped_value_loss", ("0.5 * ", "")),
+            *bug(
+                "a limit of its own",
+                "clipped_value_loss",
+                ("old_values + clip_eps", "old_values + 0.2"),
+                ("(-clip_eps, clip_eps)", "(-clip_eps, 0.2)"),
+            ),
+        ],
     ),
     Property(
         weights_add_up_to_what_they_name,

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from parity.planting import Mutant, planted
-from parity.properties.stack import DTYPES, JAX_OPS, Stack, both_stacks
+from parity.properties.stack import DTYPES, JAX_OPS, TORCH_OPS, Stack, both_stacks
 
 
 class Excess(NamedTuple):
@@ -67,10 +67,10 @@ def worst(*found: Excess) -> Excess:
 
 def bug(name: str, function: str, edit: tuple[str, str], twin_edit: tuple[str, str] | None = None) -> list[Mutant]:
     """The same bug in a function of `ppo_jax.ops` and in its namesake of the twin, whose text may differ."""
-    module = getattr(JAX_OPS, function).__module__
+    module, twin = (getattr(ops, function).__module__ for ops in (JAX_OPS, TORCH_OPS))
     return [
         Mutant(name, f"{module}:{function}", *edit),
-        Mutant(name, f"ppo_torch_ref.ops:{function}", *(twin_edit or edit)),
+        Mutant(name, f"{twin}:{function}", *(twin_edit or edit)),
     ]
 
 

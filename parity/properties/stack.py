@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import torch
 
 from ppo_jax.ops import advantages, kl, logprobs, losses, masking, rewards, sampling, streaming
 from ppo_torch_ref import ops as torch_ops
+from ppo_torch_ref import shaping as torch_shaping
 
 # A composition of functions of `ops`; its first argument is the namespace that has them, the rest are arrays.
 Composition = Callable[..., Any]
@@ -55,14 +56,20 @@ def op(name: str) -> Composition:
     return lambda ops, *arrays, **fixed: getattr(ops, name)(*arrays, **fixed)
 
 
-JAX_OPS = SimpleNamespace(
-    **{
-        name: function
-        for module in (masking, logprobs, kl, rewards, advantages, losses, sampling, streaming)
-        for name, function in vars(module).items()
-        if getattr(function, "__module__", None) == module.__name__
-    }
-)
+def _functions(*modules: ModuleType) -> SimpleNamespace:
+    """What the modules define, by name; not what they import."""
+    return SimpleNamespace(
+        **{
+            name: function
+            for module in modules
+            for name, function in vars(module).items()
+            if getattr(function, "__module__", None) == module.__name__
+        }
+    )
+
+
+JAX_OPS = _functions(masking, logprobs, kl, rewards, advantages, losses, sampling, streaming)
+TORCH_OPS = _functions(torch_ops, torch_shaping)
 
 
 class JaxStack(Stack):
@@ -99,13 +106,13 @@ class TorchStack(Stack):
 
     def run(self, composition: Composition, *arrays: Any, **fixed: Any) -> Any:
         with torch.no_grad():
-            result = composition(torch_ops, *(torch.from_numpy(self._cast(x)) for x in arrays), **fixed)
+            result = composition(TORCH_OPS, *(torch.from_numpy(self._cast(x)) for x in arrays), **fixed)
         return tuple(x.numpy() for x in result) if isinstance(result, tuple) else result.numpy()
 
     def differentiate(self, composition: Composition, *arrays: Any, **fixed: Any) -> tuple[Any, list[np.ndarray]]:
         tensors = [torch.from_numpy(self._cast(x)) for x in arrays]
         floats = [x.requires_grad_() for x in tensors if x.is_floating_point()]
-        value = composition(torch_ops, *tensors, **fixed)
+        value = composition(TORCH_OPS, *tensors, **fixed)
         value.sum().backward()
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in floats]
         return value.detach().numpy(), [x.numpy() for x in gradients]

@@ -210,9 +210,7 @@ def importance_weights(
     positions 0. A weight, not a ratio: no gradient belongs in it. The cap (at least 1) bounds the variance and biases
     what it bounds. Source: Espeholt et al., "IMPALA", 2018, section 4.1, for the truncation.
     """
-    log_ratio = masking.zero_masked(old_logprobs, response_mask) - masking.zero_masked(
-        behaviour_logprobs, response_mask
-    )
+    log_ratio = masking.zero_masked(old_logprobs - behaviour_logprobs, response_mask)
     return masking.zero_masked(jnp.minimum(jnp.exp(log_ratio), cap), response_mask)
 
 
