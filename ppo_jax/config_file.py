@@ -156,10 +156,10 @@ UNSCALED = ("leave_one_out", "leave_one_out_to_go", "group_leave_one_out", "grou
 def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Choices of algorithm whose combination has no right gradient, or no meaning."""
     rollout, reward, critic, estimator = config.rollout, config.reward, config.critic, config.advantage.estimator
-    if config.kl.form != "k1" and estimator not in UNSCALED:
+    if config.kl.form == "exact" and estimator not in UNSCALED:
         yield (
             ("kl.form", "advantage.estimator"),
-            f"advantage.estimator ({estimator}) must be one of {', '.join(UNSCALED)} with kl.form {config.kl.form}: "
+            f"advantage.estimator ({estimator}) must be one of {', '.join(UNSCALED)} with kl.form exact: "
             f"the KL in the loss is neither shrunk, as by a mean that includes the answer, nor divided by a deviation",
         )
     if config.kl.form != "k1" and config.kl.per == "token":

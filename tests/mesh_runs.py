@@ -40,7 +40,10 @@ SETTINGS = {
     "checkpoint.save_every": 1,
     "kl.coef": 0.01,
     "kl.form": "exact",
-    "advantage.estimator": "leave_one_out_to_go",
+    "kl.target_nats": 0.5,
+    "reward.normalise": "running",
+    "advantage.estimator": "gae",
+    "critic.kind": "model",
 }
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
 

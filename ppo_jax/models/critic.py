@@ -4,6 +4,7 @@ Its parameters are trained beside the policy's, as `params["critic"]`: a head, a
 trunk. Policy, export and reference know nothing of it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from ppo_jax.models.decoder import DecoderSpec, Params, response_hidden
 from ppo_jax.models.heads import head_values
 
-Sequences = tuple[Array, Array, Array, Array]  # prompt tokens and mask [B, P], response tokens and mask [B, T]
+Sequences = Sequence[Array]  # prompt tokens and mask [B, P], response tokens and mask [B, T]
 
 
 def split_critic(params: Params) -> tuple[Params, Any]:
