@@ -27,7 +27,8 @@ OF_A_GROUP = {
 def score(dtype: str) -> Iterator[Row]:
     """L6: scores of two batches, one of them with large equal ones; penalties of every length; rewards of tokens."""
     rng, mask = np.random.default_rng(0), ragged_answers(2).response_mask
-    answered, lengths = mask.any(1), mask.sum(1).astype(float)
+    lengths = mask.sum(1).astype(float)
+    answered, ended = lengths > 0, lengths < mask.shape[1]
     scores, token_k1 = rng.normal(0, 1, len(mask)), rng.normal(0, 0.3, mask.shape)
     later, equal = rng.normal(3, 0.5, len(mask)), np.full(len(mask), 1e8 / 3)
     unanswered = np.where(answered, later, np.nan)
@@ -42,7 +43,7 @@ def score(dtype: str) -> Iterator[Row]:
             "penalties",
             call_all(dtype, rewards.too_short_penalty, lengths, min_tokens=4, penalty=0.7),
             call_all(dtype, rewards.too_long_penalty, lengths, penalty=0.7, **too_long),
-            in_every_stack(dtype, _cut_off, lengths < mask.shape[1]),
+            in_every_stack(dtype, _cut_off, ended),
         ),
         ("token rewards", call_all(dtype, rewards.token_rewards, scores, token_k1, mask, kl_coef=0.1)),
         (
@@ -108,7 +109,8 @@ def _of_a_critic(dtype: str, token_rewards: np.ndarray, mask: np.ndarray) -> Ite
     rng = np.random.default_rng(1)
     values, behaviour = rng.normal(0, 1, mask.shape), rng.normal(-2, 1, mask.shape)
     behind = np.where(np.arange(len(mask)) == 1, 0.0, rng.normal(0, 1, len(mask)))  # one ended by itself
-    inputs, discounting = (token_rewards, values, mask), {"discount": 0.9, "gae_lambda": 0.8}
+    inputs = (token_rewards, values, mask)
+    discounting: dict[str, Any] = {"discount": 0.9, "gae_lambda": 0.8}
     for compared, *calls in (
         ("GAE", call_all(dtype, advantages.gae_advantages, *inputs, **discounting)),
         (

@@ -181,19 +181,20 @@ def loss(dtype: str) -> Iterator[Row]:
     rng, mask = np.random.default_rng(0), ragged_answers(2).response_mask
     inputs = tuple(rng.normal(0, 0.5, mask.shape) for _ in range(3))
     ratio_losses = (losses.clipped_policy_loss, losses.clipping_acts)
-    unequal, dual = {"clip_eps": CLIP_EPS, "clip_eps_high": 0.4}, {"dual_clip": 1.5}
+    equal: dict[str, Any] = {"clip_eps": CLIP_EPS}
+    unequal = equal | {"clip_eps_high": 0.4}
     for compared, *calls in (
         (
             "per-token losses",
-            *(call_all(dtype, f, *inputs, clip_eps=CLIP_EPS) for f in (*ratio_losses, losses.clipped_value_loss)),
+            *(call_all(dtype, f, *inputs, **equal) for f in (*ratio_losses, losses.clipped_value_loss)),
         ),
         ("two clip bounds", *(call_all(dtype, f, *inputs, **unequal) for f in ratio_losses)),
         (
             "dual clip",
             *(
-                call_all(dtype, f, *inputs, **bounds, **dual, also=also)
+                call_all(dtype, f, *inputs, **bounds, dual_clip=1.5, also=also)
                 for f in (losses.dual_clipped_policy_loss, losses.clipping_acts)
-                for bounds, also in (({"clip_eps": CLIP_EPS}, ""), (unequal, ", two bounds"))
+                for bounds, also in ((equal, ""), (unequal, ", two bounds"))
             ),
         ),
         ("unclipped value loss", call_all(dtype, losses.clipped_value_loss, *inputs, clip_eps=math.inf)),

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.ops.rewards import token_rewards
+from ppo_jax.ops.rewards import (
+    first_moments,
+    kl_per_token,
+    merged_moments,
+    missing_eos_penalty,
+    normalised_scores,
+    token_rewards,
+    too_long_penalty,
+    too_short_penalty,
+)
 
 
 def test_an_answer_that_is_only_an_eos_gets_its_score_on_it():
@@ -57,3 +66,47 @@ def test_masked_log_ratios_reach_no_gradient_not_even_that_of_the_coefficient():
         lambda beta: jnp.sum(token_rewards(jnp.ones(1), jnp.array([[0.5, jnp.nan]]), mask, kl_coef=beta))
     )(jnp.asarray(0.1))
     assert gradient == -0.5
+
+
+def test_running_moments_are_those_of_all_scores_and_a_nan_of_nobody_stays_out():
+    dtype = jnp.ones(()).dtype
+    first = merged_moments(first_moments(dtype), jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
+    both = merged_moments(first, jnp.array([5.0, 7.0]), jnp.array([True, True]))
+    # 1, 3, 5, 7: mean 4, squared distances 9 + 1 + 1 + 9.
+    assert [float(x) for x in both] == [4.0, 4.0, 20.0]
+    assert all(x.dtype == dtype for x in both)
+    nothing_new = merged_moments(both, jnp.full(2, jnp.nan), jnp.zeros(2, bool))
+    assert [float(x) for x in nothing_new] == [4.0, 4.0, 20.0]
+
+
+def test_scores_are_divided_by_the_deviation_of_the_population():
+    moments = merged_moments(first_moments(jnp.ones(()).dtype), jnp.array([1.0, 3.0]), jnp.ones(2, bool))
+    np.testing.assert_allclose(normalised_scores(jnp.array([1.0, 3.0, 6.0]), moments), [-1.0, 1.0, 4.0], rtol=1e-6)
+
+
+def test_moments_of_a_million_scores_keep_their_digits():
+    """One batch a million times as long as the other: a sum of squares would have lost the small one's spread."""
+    moments = first_moments(jnp.ones(()).dtype)._replace(count=jnp.asarray(1e6), mean=jnp.asarray(1e4))
+    count, mean, m2 = merged_moments(moments, jnp.array([1e4 - 1.0, 1e4 + 1.0]), jnp.ones(2, bool))
+    assert (float(count), float(mean), float(m2)) == (1e6 + 2, 1e4, 2.0)
+
+
+def test_penalties_by_length():
+    lengths = jnp.array([0.0, 1.0, 4.0, 6.0, 8.0, 9.0])
+    short = too_short_penalty(lengths, min_tokens=4, penalty=2.0)
+    np.testing.assert_array_equal(short, [2.0, 1.5, 0.0, 0.0, 0.0, 0.0])
+    long = too_long_penalty(lengths, soft_max_tokens=4, max_tokens=8, penalty=2.0)
+    np.testing.assert_array_equal(long, [0.0, 0.0, 0.0, 1.0, 2.0, 2.0])
+    np.testing.assert_array_equal(too_short_penalty(lengths, min_tokens=0, penalty=2.0), 0.0)
+
+
+def test_only_a_truncated_answer_pays_for_its_missing_eos():
+    ours = missing_eos_penalty(jnp.array([True, False]), penalty=0.5)
+    np.testing.assert_array_equal(ours, [0.0, 0.5])
+    assert ours.dtype == jnp.float32
+
+
+def test_a_nat_costs_a_long_answer_less_per_token():
+    mask = jnp.array([[True, False, False], [True, True, True], [False, False, False]])
+    ours = kl_per_token(jnp.full((3, 3), 3.0), mask)
+    np.testing.assert_array_equal(ours, [[3, 0, 0], [1, 1, 1], [0, 0, 0]])

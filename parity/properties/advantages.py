@@ -13,7 +13,7 @@ from parity.properties.rows import Excess, Property, bug, differ, excess, worst
 from parity.properties.stack import Stack
 
 
-def _baselined(ops: Any, rewards: Any, mask: Any) -> tuple[Any, Any, Any]:
+def _baselined(ops: Any, rewards: Any, mask: Any) -> tuple[Any, ...]:
     """Everything whose baseline is the batch."""
     return (
         ops.batch_mean_advantages(rewards, mask),
