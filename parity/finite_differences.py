@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from parity.learners import EVERY_TERM, KL_COEF, Learners, experience
 from parity.rows import Named, Row, named, row_of
 from parity.stacks import Pair
-from parity.training import CONSTANT, KL_COEF, Update, backward, experience, objectives
+from parity.training import backward
 from ppo_jax import update
 from ppo_torch_ref import update as torch_update
 
-CASE = Update("exact KL in the loss", kl_in_loss=True)  # ratios are clipped in it too
 # The difference errs by L's rounding over h, which is 1e-16 / 1e-5 = 1e-11 for a loss near 0.1, and by h² / 6 times the
 # third derivative along u: on a random model 5e-10 at h = 1e-4, so 5e-12 here. The largest gradient of these models is
 # 0.1 to 1.3 and the largest error 1e-10 of it; the bound leaves a factor of 100.
@@ -43,7 +43,7 @@ def gradients(pair: Pair) -> Iterator[Row]:
     """
     if pair.dtype != "float64" or pair.case.is_real:  # two forward passes per tensor
         return
-    (_, ours), (_, theirs) = backward(pair, CASE)
+    (_, ours), (_, theirs) = backward(pair, EVERY_TERM)
     largest = max(float(np.abs(x).max()) for x in theirs.values())
     for stack, slopes in (("JAX", jax_slopes(pair, ours)), ("torch", torch_slopes(pair, theirs))):
         predicted, measured, crossings = vars(slopes).values()
@@ -70,10 +70,11 @@ _policy_loss = jax.jit(update.policy_loss, static_argnames="objective")
 
 def jax_slopes(pair: Pair, gradient: Named) -> Slopes:
     """Tensors are the leaves of the parameters; a direction is exported as a gradient is, to be multiplied with one."""
-    batch, _ = experience(pair, CASE)
-    objective, _ = objectives(pair, CASE, CONSTANT, ours=6, theirs=2)
+    batch, _ = experience(pair, EVERY_TERM)
+    learners = Learners(pair, EVERY_TERM.config("constant"), ours=6, theirs=2)
+    objective = learners.objective
     weights = objective.loss_weights(batch.response_mask, dtype=batch.old_logprobs.dtype)
-    paths, structure = jax.tree.flatten_with_path(pair.params)
+    paths, structure = jax.tree.flatten_with_path(learners.params)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
     leaves = {name: np.asarray(leaf) for name, (_, leaf) in zip(names, paths, strict=True)}
 
@@ -95,16 +96,17 @@ def jax_slopes(pair: Pair, gradient: Named) -> Slopes:
 
 
 def torch_slopes(pair: Pair, gradient: Named) -> Slopes:
-    """Tensors are those of the state dict."""
-    _, batch = experience(pair, CASE)
-    _, objective = objectives(pair, CASE, CONSTANT, ours=6, theirs=2)
+    """Tensors are the parameters of policy and critic."""
+    _, batch = experience(pair, EVERY_TERM)
+    learners = Learners(pair, EVERY_TERM.config("constant"), ours=6, theirs=2)
+    objective, parameters = learners.twin_objective, learners.twin_parameters()
     weights = objective.loss_weights(batch.response_mask, dtype=batch.old_logprobs.dtype)
-    model = pair.new_model()
 
     @torch.no_grad()
     def loss_at(tensors: Named) -> tuple[float, float]:
-        model.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()})
-        loss, sums = torch_update.policy_loss(model, pair.ref_model, batch, weights, KL_COEF, objective)
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.asarray(tensors[name])))
+        loss, sums = torch_update.policy_loss(learners.model, pair.ref_model, batch, weights, KL_COEF, objective)
         return float(loss), float(sums["clipped_tokens"])
 
-    return slopes_of(named(model.state_dict()), loss_at, lambda name, u: float(np.sum(gradient.get(name, 0.0) * u)))
+    return slopes_of(named(parameters), loss_at, lambda name, u: float(np.sum(gradient.get(name, 0.0) * u)))

@@ -5,21 +5,23 @@ that after 20 iterations of it the parameters still agree.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
+from parity.critics import jax_critic_named, torch_critic_named
 from parity.rows import Named, Row, bound_of, compare, dated, named
 from parity.training import in_own_units
 from ppo_jax import build, train
-from ppo_jax.algorithm import make_objective
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
+from ppo_jax.models.critic import split_critic
 from ppo_jax.models.decoder import cast
 from ppo_jax.models.hf_io import export_tensors
 from ppo_jax.monitor.clock import PhaseClock
@@ -30,7 +32,51 @@ from ppo_torch_ref import train as torch_train
 CASE = "embedded"
 ITERATIONS = 20
 PROMPTS = ("the film", "a very long story about", "this cast", "I watched it", "the end of the plot was")
-FORMS = {"k1": "batch_mean", "exact": "leave_one_out_to_go"}
+# What each run has of its own: together, every choice of algorithm that takes part in a loop.
+RECIPES: dict[str, dict[str, Any]] = {
+    "k1": {},
+    "exact": {"kl.form": "exact", "advantage.estimator": "leave_one_out_to_go"},
+    "shaped": {
+        "kl.target_nats": 0.01,
+        "kl.horizon": 3,
+        "reward.normalise": "running",
+        "reward.clip": 1.25,
+        "reward.missing_eos_penalty": 0.5,
+        "reward.min_tokens": 6,
+        "reward.too_short_penalty": 0.25,
+        "reward.soft_max_tokens": 5,
+        "reward.too_long_penalty": 0.25,
+        "update.clip_eps": 0.02,
+        "update.clip_eps_high": 0.03,
+        "update.dual_clip": 1.0625,
+        "update.entropy_coef": 0.01,
+    },
+    "value head": {
+        "advantage.estimator": "gae",
+        "advantage.discount": 0.99,
+        "advantage.gae_lambda": 0.9,
+        "critic.kind": "value_head",
+        "critic.warmup_iterations": 1,
+        "critic.clip_eps": 0.05,
+        "critic.bootstrap_truncated": True,
+        "critic.learning_rate": 0.01,
+    },
+    "critic model": {
+        "reward.normalise": "batch",
+        "advantage.estimator": "whitened_gae",
+        "critic.kind": "model",
+        "critic.warmup_iterations": 1,
+        "update.schedule": "linear",
+    },
+    "exact in groups": {"kl.form": "exact", "advantage.estimator": "group_leave_one_out_to_go"},
+    "k3 in the loss": {
+        "kl.form": "biased_k3_in_loss",
+        "advantage.estimator": "group_leave_one_out",
+        "update.importance_cap": 1.0,
+        "update.max_approx_kl_nats": 2e-4,
+        "update.epochs": 4,
+    },
+}
 
 
 def share_of_e(prompts: list[str], answers: list[str]) -> list[float]:
@@ -51,13 +97,13 @@ class JaxNoise(torch_build.Noise):
         return [torch.from_numpy(np.array(jax.random.permutation(key, answers))) for key in keys]
 
 
-def config_of(form: str, directory: Path, iterations: int) -> Config:
+def config_of(recipe: str, directory: Path, iterations: int) -> Config:
     prompts = directory / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return load(
         overrides={
             "prompts.path": str(prompts),
-            "run.dir": str(directory / form),
+            "run.dir": str(directory / "run"),
             "run.iterations": iterations,
             "reward.function": f"{__name__}:{share_of_e.__name__}",
             "rollout.batch_size": 8,
@@ -65,28 +111,27 @@ def config_of(form: str, directory: Path, iterations: int) -> Config:
             "rollout.max_new_tokens": 8,
             "rollout.temperature": 0.8,
             "rollout.top_p": 0.95,
-            "kl.form": form,
             "kl.coef": 0.0625,
-            "advantage.estimator": FORMS[form],
             "update.epochs": 2,
             "update.minibatch_size": 4,
             "update.learning_rate": 2e-4,
             "monitor.tensorboard": False,
+            **RECIPES[recipe],
         }
     )
 
 
-def whole_runs(dtype: str, iterations: int = ITERATIONS) -> Iterator[Row]:
-    """L11: metrics of every iteration and the parameters at the end, for each form of the KL; in float64 only."""
+def whole_runs(dtype: str, iterations: int = ITERATIONS, recipes: Sequence[str] = tuple(RECIPES)) -> Iterator[Row]:
+    """L11: metrics of every iteration and the parameters at the end, for each recipe; in float64 only."""
     if dtype != "float64":
         return
-    for form in FORMS:
+    for recipe in recipes:
         with tempfile.TemporaryDirectory() as directory:
-            config = config_of(form, Path(directory), iterations)
+            config = config_of(recipe, Path(directory), iterations)
             ours, parameters = _jax_run(config)
-            theirs, twin_parameters = _torch_run(Path(directory) / form / "config.yaml")
+            theirs, twin_parameters = _torch_run(Path(directory) / "run" / "config.yaml")
         bound = bound_of("L11", dtype, is_real=False)
-        what = f"{form}: {iterations} iterations on own tokens"
+        what = f"{recipe}: {iterations} iterations on own tokens"
         yield compare("L11", dtype, CASE, f"{what}, metrics", *in_own_units(ours, theirs), bound=bound)
         yield compare("L11", dtype, CASE, f"{what}, final parameters", parameters, twin_parameters, bound=bound)
 
@@ -98,7 +143,7 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
     run = replace(
         run,
         config=in_float64,
-        objective=make_objective(in_float64, run.model.spec),
+        objective=replace(run.objective, compute_dtype="float64"),
         ref_params=cast(run.ref_params, jnp.float64),
     )
     said: Named = {}
@@ -108,7 +153,9 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
         for step in range(config.run.iterations):
             state, numbers = train.ppo_iteration(run, state, PhaseClock())
             said |= dated(step, _without_times(numbers))
-    return said, export_tensors(run.model.config, run.model.spec, state.params, np.dtype("float64"))
+    (policy, critic), model = split_critic(state.params), run.model
+    parameters = export_tensors(model.config, model.spec, policy, np.dtype("float64"))
+    return said, parameters | jax_critic_named(model.config, model.spec, critic, "float64")
 
 
 def _torch_run(config_file: Path) -> tuple[Named, Named]:
@@ -119,7 +166,8 @@ def _torch_run(config_file: Path) -> tuple[Named, Named]:
     said: Named = {}
     for step in range(config.run.iterations):
         said |= dated(step, _without_times(torch_train.ppo_iteration(config, parts, step)))
-    return said, named(dict(parts.model.named_parameters()))
+    critic = None if parts.objective.critic is None else parts.objective.critic.values
+    return said, named(dict(parts.model.named_parameters())) | torch_critic_named(critic)
 
 
 def _without_times(numbers: dict[str, float]) -> Named:

@@ -15,9 +15,11 @@ import torch
 from safetensors.numpy import load_file
 
 from parity.cases import Answers, ModelCase
+from parity.critics import TRUNK, jax_critic_named
 from parity.rows import Named
 from ppo_jax import records
 from ppo_jax.models import hf_io
+from ppo_jax.models.critic import split_critic
 from ppo_jax.models.decoder import DecoderSpec, abstract_params, head_logits, hidden_states
 from ppo_jax.models.families import family_of, spec_of
 from ppo_torch_ref import rollout as torch_rollout
@@ -87,13 +89,15 @@ class Pair:
 
     def jax_named(self, tree: Any) -> Named:
         """A tree shaped like the parameters (weights, gradients, moments) under its Hugging Face names."""
-        return hf_io.export_tensors(self.config, self.spec, tree, jnp.dtype(self.dtype))
+        policy, critic = split_critic(tree)
+        tensors = hf_io.export_tensors(self.config, self.spec, policy, jnp.dtype(self.dtype))
+        return tensors | jax_critic_named(self.config, self.spec, critic, self.dtype)
 
     def split_zero_gradients(self, tensors: Named) -> tuple[Named, Named]:
         """(elements with an ordinary gradient, those whose gradient is 0 in theory), flat where a tensor has both."""
         ordinary, zero_in_theory = {}, {}
         for name, x in tensors.items():
-            zeros = self.zero_gradients[name]
+            zeros = self.zero_gradients.get(name.removeprefix(TRUNK), np.zeros(x.shape, bool))
             if not zeros.all():
                 ordinary[name] = x[~zeros] if zeros.any() else x
             if zeros.any():

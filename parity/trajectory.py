@@ -5,27 +5,26 @@ An error that one step hides (a moment that is not bias-corrected, a schedule on
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
 
 from parity.cases import Answers, ragged_answers
 from parity.forward import TEMPERATURE
+from parity.learners import Learners
 from parity.rows import Named, Row, bound_of, dated, named, row_of
 from parity.stacks import Pair
-from parity.training import in_own_units, torch_optimizer
+from parity.training import in_own_units
 from ppo_jax import algorithm, records, scoring, update
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
 from ppo_jax.monitor import metrics
 from ppo_jax.ops import rewards
-from ppo_torch_ref import ops as torch_ops
+from ppo_torch_ref import algorithm as torch_algorithm
 from ppo_torch_ref import scoring as torch_scoring
+from ppo_torch_ref import shaping
 from ppo_torch_ref import train as torch_train
 from ppo_torch_ref import update as torch_update
 
@@ -35,27 +34,19 @@ STEPS = ITERATIONS * EPOCHS * BATCH // MINIBATCH
 
 @dataclass(frozen=True)
 class Recipe:
-    """A form of the KL, a baseline and a normaliser."""
+    """A name and what it sets."""
 
-    kl_form: str
-    estimator: str
-    normaliser: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.kl_form}, {self.estimator}, {self.normaliser}"
+    name: str
+    settings: dict[str, Any]
 
     def config(self) -> Config:
         return load(
             overrides={
-                "kl.form": self.kl_form,
                 "kl.coef": 0.125,
-                "advantage.estimator": self.estimator,
                 "rollout.max_new_tokens": LENGTH,
                 "rollout.batch_size": BATCH,
                 "rollout.temperature": TEMPERATURE,
                 "run.iterations": ITERATIONS,
-                "update.normaliser": self.normaliser,
                 "update.epochs": EPOCHS,
                 "update.minibatch_size": MINIBATCH,
                 "update.micro_batch_size": 2,
@@ -63,43 +54,76 @@ class Recipe:
                 "update.schedule": "linear",
                 "update.warmup_steps": 3,
                 "update.weight_decay": 0.1,
+                **self.settings,
             }
         )
 
 
 RECIPES = (
-    Recipe("k1", "batch_mean", "constant"),
-    Recipe("k1", "whitened_batch_mean", "token_mean"),
-    Recipe("exact", "leave_one_out_to_go", "constant"),
+    Recipe("k1, batch mean", {}),
+    Recipe(
+        "k1, whitened_batch_mean", {"advantage.estimator": "whitened_batch_mean", "update.normaliser": "token_mean"}
+    ),
+    Recipe("exact, leave one out to go", {"kl.form": "exact", "advantage.estimator": "leave_one_out_to_go"}),
+    Recipe(
+        "shaped scores, adaptive KL, every clip",
+        {
+            "kl.per": "token",
+            "kl.target_nats": 0.5,
+            "reward.normalise": "running",
+            "reward.clip": 1.5,
+            "reward.missing_eos_penalty": 0.5,
+            "reward.min_tokens": 4,
+            "reward.too_short_penalty": 0.5,
+            "reward.soft_max_tokens": 4,
+            "reward.too_long_penalty": 0.25,
+            "rollout.answers_per_prompt": 4,
+            "advantage.estimator": "group_normalised",
+            "update.clip_eps_high": 0.3,
+            "update.dual_clip": 1.5,
+            "update.entropy_coef": 0.01,
+        },
+    ),
+    Recipe(
+        "exact, gae, value head",
+        {
+            "kl.form": "exact",
+            "advantage.estimator": "gae",
+            "advantage.discount": 0.99,
+            "advantage.gae_lambda": 0.9,
+            "critic.kind": "value_head",
+            "critic.clip_eps": 0.2,
+            "critic.warmup_iterations": 2,
+            "critic.bootstrap_truncated": True,
+        },
+    ),
 )
 
 
 class JaxSide:
     """`ppo_jax` on its way: its stages on given answers, one optimizer step at a time."""
 
-    def __init__(self, pair: Pair, config: Config):
-        self.pair, self.config = pair, config
-        self.optimizer = update.make_optimizer(config.update, STEPS)
-        self.params = jax.tree.map(jnp.copy, pair.params)
-        self.opt_state = self.optimizer.init(self.params)
+    def __init__(self, both: Learners, config: Config):
+        self.both, self.pair, self.config = both, both.pair, config
         self.algorithm = algorithm.pick_algorithm(config)
-        in_dtype = config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": pair.dtype})})
-        self.objective = algorithm.make_objective(in_dtype, pair.spec)
-        self.kl_coef = jnp.asarray(config.kl.coef, pair.dtype)
-        self.score_moments = rewards.first_moments(pair.dtype)
+        self.kl_coef = self.next_kl_coef = jnp.asarray(config.kl.coef, self.pair.dtype)
+        self.score_moments = rewards.first_moments(self.pair.dtype)
 
     def answer(self, answers: Answers, seq_scores: np.ndarray) -> Named:
-        """Steps 3 to 5; the metrics of the answers."""
+        """Steps 3 to 5, and β of the next time; the metrics of the answers."""
         rollout, _ = self.pair.rollouts(answers)
+        self.kl_coef, objective = self.next_kl_coef, self.both.objective
         scored = scoring.score(
-            self.params,
+            self.both.params,
             self.pair.ref_params,
             rollout,
             spec=self.pair.spec,
             temperature=TEMPERATURE,
             compute_dtype=self.pair.dtype,
             micro_batch_size=self.config.micro_batch_size,
-            keep_ref_hidden=self.objective.loss_kl is not None,
+            keep_ref_hidden=objective.loss_kl is not None,
+            values=objective.values,
+            bootstrap=self.config.critic.bootstrap_truncated,
         )
         scores = jnp.asarray(seq_scores, self.pair.dtype)
         shaped, self.score_moments = self.algorithm.shape_scores(self.score_moments, scores, rollout)
@@ -113,88 +137,92 @@ class JaxSide:
             old_logprobs=scored.old_logprobs,
             advantages=advantages,
             ref_hidden=scored.ref_hidden,
+            old_values=scored.values,
+            returns=returns,
         )
         measured = metrics.experience_metrics(
             rollout, scored, scores, self.kl_coef, shaped_scores=shaped, returns=returns
         )
+        self.next_kl_coef = self.algorithm.next_kl_coef(self.kl_coef, measured["kl/seq_nats"])
         return named(measured)
 
     def step(self, rows: np.ndarray) -> Named:
         """One optimizer step on these answers; its statistics."""
-        self.params, self.opt_state, stats = update.ppo_step(
-            self.params,
-            self.opt_state,
+        self.both.params, self.both.opt_state, stats = update.ppo_step(
+            self.both.params,
+            self.both.opt_state,
             self.pair.ref_params,
             self.experience,
             rows,
             self.kl_coef,
-            optimizer=self.optimizer,
-            objective=self.objective,
+            optimizer=self.both.optimizer,
+            objective=self.both.objective,
         )
         return named(stats)
 
     def tensors(self) -> dict[str, Named]:
-        moments = {name: optax.tree_utils.tree_get(self.opt_state, name) for name in ("mu", "nu")}
-        return {name: self.pair.jax_named(tree) for name, tree in ({"parameters": self.params} | moments).items()}
+        moments = {name: self.both.jax_moments(name) for name in ("mu", "nu")}
+        return {"parameters": self.pair.jax_named(self.both.params)} | moments
 
 
 class TorchSide:
     """The twin on its way."""
 
-    def __init__(self, pair: Pair, config: Config):
-        self.pair, self.config, self.model = pair, config, pair.new_model()
-        self.optimizer = torch_optimizer(self.model, config.update, STEPS)
-        loss_weights: Any = getattr(torch_ops, f"{config.update.normaliser}_weights")
-        if config.update.normaliser == "constant":
-            loss_weights = partial(loss_weights, max_response_tokens=LENGTH)
-        self.objective = torch_update.Objective(
-            temperature=TEMPERATURE,
-            clip_eps=config.update.clip_eps,
-            loss_weights=loss_weights,
-            micro_batch_size=config.micro_batch_size,
-            kl_in_loss=config.kl.form == "exact",
-        )
+    def __init__(self, both: Learners, config: Config):
+        self.both, self.pair, self.config = both, both.pair, config
+        dtype = getattr(torch, self.pair.dtype)
+        self.algorithm = torch_algorithm.pick_algorithm(config)
+        self.kl_coef = self.next_kl_coef = torch.tensor(config.kl.coef, dtype=dtype)
+        self.score_moments = shaping.first_moments(dtype)
 
     def answer(self, answers: Answers, seq_scores: np.ndarray) -> Named:
         _, rollout = self.pair.rollouts(answers)
+        self.kl_coef = self.next_kl_coef
         scored = torch_scoring.score(
-            self.model, self.pair.ref_model, rollout, temperature=TEMPERATURE, micro_batch_size=MINIBATCH
+            self.both.model,
+            self.pair.ref_model,
+            rollout,
+            temperature=TEMPERATURE,
+            micro_batch_size=MINIBATCH,
+            critic=self.both.critic,
+            bootstrap=self.config.critic.bootstrap_truncated,
         )
-        scores, mask, kl_coef = (
-            torch.from_numpy(seq_scores.astype(self.pair.dtype)),
-            rollout.response_mask,
-            self.config.kl.coef,
-        )
-        if self.config.kl.form == "exact":
-            token_rewards = torch_ops.exact_kl_token_rewards(scores, scored.token_kl, mask, kl_coef=kl_coef)
-        else:
-            token_k1 = torch_ops.k1(scored.old_logprobs, scored.ref_logprobs)
-            token_rewards = torch_ops.token_rewards(scores, token_k1, mask, kl_coef=kl_coef)
+        scores, mask = torch.from_numpy(seq_scores.astype(self.pair.dtype)), rollout.response_mask
+        shaped, self.score_moments = self.algorithm.shape_scores(self.score_moments, scores, rollout)
+        token_rewards = self.algorithm.token_rewards(shaped, scored, mask, kl_coef=self.kl_coef)
+        advantages, returns = self.algorithm.advantages(token_rewards, scored, rollout)
         self.experience = torch_update.Experience(
-            rollout.prompt_tokens,
-            rollout.prompt_mask,
-            rollout.response_tokens,
-            mask,
-            scored.old_logprobs,
-            getattr(torch_ops, f"{self.config.advantage.estimator}_advantages")(token_rewards, mask),
+            prompt_tokens=rollout.prompt_tokens,
+            prompt_mask=rollout.prompt_mask,
+            response_tokens=rollout.response_tokens,
+            response_mask=mask,
+            old_logprobs=scored.old_logprobs,
+            advantages=advantages,
+            old_values=scored.values,
+            returns=returns,
         )
-        return {
-            name: np.array(x) for name, x in torch_train.experience_metrics(rollout, scored, scores, kl_coef).items()
-        }
+        measured = torch_train.experience_metrics(
+            rollout, scored, scores, self.kl_coef, shaped_scores=shaped, returns=returns
+        )
+        seq_kl = self.kl_coef.new_tensor(measured["kl/seq_nats"])
+        self.next_kl_coef = self.algorithm.next_kl_coef(self.kl_coef, seq_kl)
+        return {name: np.array(x) for name, x in measured.items()}
 
     def step(self, rows: np.ndarray) -> Named:
-        minibatch = self.experience.rows(torch.from_numpy(rows))
         stats = torch_update.ppo_step(
-            self.model, self.optimizer, self.pair.ref_model, minibatch, self.config.kl.coef, objective=self.objective
+            self.both.model,
+            self.both.twin_optimizer,
+            self.pair.ref_model,
+            self.experience.rows(torch.from_numpy(rows)),
+            self.kl_coef,
+            objective=self.both.twin_objective,
+            critic_optimizer=self.both.twin_critic_optimizer,
         )
         return {name: np.array(x) for name, x in stats.items()}
 
     def tensors(self) -> dict[str, Named]:
-        return {
-            "parameters": named(dict(self.model.named_parameters())),
-            "mu": named(self.optimizer.mu),
-            "nu": named(self.optimizer.nu),
-        }
+        moments = {name: self.both.twin_moments(name) for name in ("mu", "nu")}
+        return {"parameters": named(self.both.twin_parameters())} | moments
 
 
 @dataclass
@@ -209,7 +237,8 @@ class Walk:
 def walk(pair: Pair, recipe: Recipe) -> tuple[Walk, Walk]:
     """Both stacks through the same answers, scores and shuffles, each on numbers of its own throughout."""
     config, rng = recipe.config(), np.random.default_rng(0)
-    sides, walks = (JaxSide(pair, config), TorchSide(pair, config)), (Walk(), Walk())
+    both = Learners(pair, config, ours=config.micro_batch_size, theirs=config.micro_batch_size)
+    sides, walks = (JaxSide(both, config), TorchSide(both, config)), (Walk(), Walk())
     for iteration in range(ITERATIONS):
         answers = ragged_answers(pair.case.vocab_size, batch=BATCH, response=LENGTH, seed=iteration)
         seq_scores = rng.normal(0, 1, BATCH)
@@ -225,7 +254,7 @@ def walk(pair: Pair, recipe: Recipe) -> tuple[Walk, Walk]:
 
 
 def iterations(pair: Pair) -> Iterator[Row]:
-    """L10: 20 iterations of 2 epochs of 2 minibatches for each form of the KL, ratio and norm clipped now and then.
+    """L10: 20 iterations of 2 epochs of 2 minibatches for each recipe, ratio and norm clipped now and then.
 
     In float32 Adam turns roundings of small gradients into steps, so only the losses are compared there.
     """

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +20,12 @@ import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ppo_torch_ref import ops
-from ppo_torch_ref.model import load_model
+from ppo_torch_ref.algorithm import Algorithm, make_objective, make_optimizers, pick_algorithm
+from ppo_torch_ref.critic import Critic, load_critic
+from ppo_torch_ref.model import Decoder, load_model
 from ppo_torch_ref.rollout import Sampling
-from ppo_torch_ref.update import AdamW, Objective, learning_rate
+from ppo_torch_ref.shaping import ScoreMoments, first_moments
+from ppo_torch_ref.update import AdamW, Objective
 
 VADER = "ppo_jax.rewards.sentiment:vader_compound"
 
@@ -60,8 +61,13 @@ class Parts:
     prompts: "Prompts"
     noise: Noise
     sampling: Sampling
-    objective: Objective
+    algorithm: Algorithm
+    objective: Objective  # the critic, where there is one, is in it
     optimizer: AdamW
+    critic_optimizer: AdamW | None
+    # What changes from iteration to iteration beside the weights.
+    kl_coef: Tensor  # β of the next iteration
+    score_moments: ScoreMoments  # of all scores so far
 
 
 @dataclass(frozen=True)
@@ -99,24 +105,17 @@ def read_config(file: Path) -> SimpleNamespace:
 
 
 def build(config: SimpleNamespace, *, dtype: torch.dtype, device: str, hf: bool) -> Parts:
-    """Tokenizer, models, reward, prompts and optimizer of a run; with `hf` the models are those of `transformers`."""
-    directory = model_directory(config.model.path)
+    """Tokenizer, models, reward, prompts and optimizers of a run; with `hf` the policy is that of `transformers`."""
+    directory, sampling = model_directory(config.model.path), config.rollout
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = (load_hf_model if hf else load_model)(directory, dtype=dtype).to(device)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    update, sampling = config.update, config.rollout
-    steps = config.run.iterations * update.epochs * (sampling.batch_size // update.minibatch_size)
-    rate = partial(
-        learning_rate,
-        peak=update.learning_rate,
-        schedule=update.schedule,
-        warmup_steps=update.warmup_steps,
-        total_steps=steps,
-    )
+    critic = first_critic(config, model, directory, dtype=dtype)
+    critic = None if critic is None else critic.to(device)
+    optimizer, critic_optimizer = make_optimizers(config, model, critic)
     return Parts(
         tokenizer=tokenizer,
         model=model,
-        reference=reference,
+        reference=copy.deepcopy(model).requires_grad_(False),
         reward=reward_function(config.reward.function),
         prompts=load_prompts(config, tokenizer),
         noise=Noise(config.run.seed),
@@ -128,27 +127,27 @@ def build(config: SimpleNamespace, *, dtype: torch.dtype, device: str, hf: bool)
             top_k=sampling.top_k,
             eos_tokens=eos_tokens(sampling.eos_tokens, directory, tokenizer),
         ),
-        objective=Objective(
-            temperature=sampling.temperature,
-            clip_eps=update.clip_eps,
-            loss_weights={
-                "constant": partial(ops.constant_weights, max_response_tokens=sampling.max_new_tokens),
-                "token_mean": ops.token_mean_weights,
-                "sequence_mean": ops.sequence_mean_weights,
-            }[update.normaliser],
-            micro_batch_size=update.micro_batch_size or update.minibatch_size,
-            kl_in_loss=config.kl.form == "exact",
-        ),
-        optimizer=AdamW(
-            model,
-            schedule=rate,
-            max_grad_norm=update.max_grad_norm,
-            b1=update.adam_b1,
-            b2=update.adam_b2,
-            eps=update.adam_eps,
-            weight_decay=update.weight_decay,
-        ),
+        algorithm=pick_algorithm(config),
+        objective=make_objective(config, critic),
+        optimizer=optimizer,
+        critic_optimizer=critic_optimizer,
+        kl_coef=torch.tensor(config.kl.coef, dtype=dtype, device=device),
+        score_moments=ScoreMoments(*(x.to(device) for x in first_moments(dtype))),
     )
+
+
+def first_critic(config: SimpleNamespace, model: nn.Module, directory: Path, *, dtype: torch.dtype) -> Critic | None:
+    """The critic that a run starts with: a head on the policy's trunk, or a model, by default the policy's own."""
+    if config.critic.kind == "none":
+        return None
+    if config.critic.kind == "value_head":
+        return Critic(width_of(model)).to(dtype)
+    path = config.critic.path
+    return load_critic(directory if path is None else model_directory(path), dtype=dtype)
+
+
+def width_of(model: Any) -> int:
+    return model.spec.width if isinstance(model, Decoder) else model.config.hidden_size
 
 
 def load_hf_model(directory: Path, *, dtype: torch.dtype) -> nn.Module:

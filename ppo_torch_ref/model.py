@@ -5,6 +5,7 @@ take the place of these: `token_logits` calls both alike.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import AutoConfig, PretrainedConfig
 from ppo_torch_ref.layers import ACTIVATIONS, Block, Conv1D, LayerSpec, RMSNorm, Spec, soft_cap
 from ppo_torch_ref.rope import Rope, rope_of
 
+# What a sequence-classification model has in place of a head.
+CLASSIFIER = ("score.weight", "score.bias")
 # Tensors that files of some families hold beside the weights.
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
@@ -38,6 +41,11 @@ class Decoder(nn.Module):
             self.add_module(spec.head, nn.Linear(spec.width, spec.vocab_size, bias=False))
 
     def forward(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int) -> Tensor:
+        hidden = self.hidden_states(tokens, attention_mask=attention_mask, position_ids=position_ids)
+        return self.logits(hidden[:, -logits_to_keep:])
+
+    def hidden_states(self, tokens: Tensor, *, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, S, D], behind the final norm."""
         spec, visible = self.spec, causal_visibility(attention_mask)
         x = self.part(spec.embedding)(tokens)
         if spec.embedding_scale is not None:  # rounded to the weights' dtype first, as the models were trained
@@ -46,9 +54,11 @@ class Decoder(nn.Module):
             x = x + self.part(spec.position_embedding)(position_ids)
         for block in self.blocks():
             x = block(x, position_ids, within(visible, block.layer.window))
-        hidden = self.part(spec.final_norm)(x)[:, -logits_to_keep:]
-        head = self.get_submodule(spec.head) if self.has_own_head else self.part(spec.embedding)
-        return soft_cap(F.linear(hidden, head.get_parameter("weight")), spec.logit_softcap)
+        return self.part(spec.final_norm)(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.get_submodule(self.spec.head) if self.has_own_head else self.part(self.spec.embedding)
+        return soft_cap(F.linear(hidden, head.get_parameter("weight")), self.spec.logit_softcap)
 
     @property
     def has_own_head(self) -> bool:
@@ -238,31 +248,53 @@ def token_logits(model: nn.Module, tokens: Tensor, token_mask: Tensor, *, last: 
     return getattr(out, "logits", out)
 
 
-def response_logits(
+Sequences = tuple[Tensor, Tensor, Tensor, Tensor]  # prompt tokens and mask [B, P], response tokens and mask [B, T]
+
+
+def response_states(
     model: nn.Module, prompt_tokens: Tensor, prompt_mask: Tensor, response_tokens: Tensor, response_mask: Tensor
-) -> Tensor:
-    """Logits [B, T, V] that predict the response: entry t predicts `response_tokens[:, t]`. The one shift by one."""
+) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T + 1, D] and logits [B, T, V] of the response. The one shift by one.
+
+    Entry t of either predicts `response_tokens[:, t]`; the last hidden state has seen all of them.
+    """
     tokens = torch.cat([prompt_tokens, response_tokens], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
-    return token_logits(model, tokens, mask, last=response_tokens.shape[1] + 1)[:, :-1]
+    inputs = {"attention_mask": mask, "position_ids": positions_from_mask(mask)}
+    count = response_tokens.shape[1] + 1
+    if isinstance(model, Decoder):
+        hidden = model.hidden_states(tokens, **inputs)[:, -count:]
+        return hidden, model.logits(hidden[:, :-1])
+    out = model(tokens, **inputs, logits_to_keep=count, output_hidden_states=True)
+    return out.hidden_states[-1][:, -count:], out.logits[:, :-1]
 
 
-def new_model(config: PretrainedConfig) -> Decoder:
-    """The decoder of a config; its weights have the right shapes and mean nothing."""
+def response_logits(model: nn.Module, *sequences: Tensor) -> Tensor:
+    """Logits [B, T, V] that predict the response."""
+    return response_states(model, *sequences)[1]
+
+
+def new_model(config: PretrainedConfig, *, is_trunk: bool = False) -> Decoder:
+    """The decoder of a config, a trunk without its head; its weights have the right shapes and mean nothing."""
     if config.model_type not in FAMILIES:
         raise ValueError(f"model_type {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
-    return Decoder(FAMILIES[config.model_type](config))
+    spec = FAMILIES[config.model_type](config)
+    return Decoder(replace(spec, tied_head=spec.tied_head or is_trunk))
 
 
-def load_model(directory: Path, *, dtype=torch.float32) -> Decoder:
+def load_model(directory: Path, *, dtype=torch.float32, is_trunk: bool = False) -> Decoder:
     """The model of a Hugging Face directory with every parameter in `dtype`; an error lists tensors that do not fit."""
     with torch.device("meta"):
-        model = new_model(AutoConfig.from_pretrained(directory))
-    stored = {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}
-    prefix = f"{model.spec.trunk}."
+        model = new_model(AutoConfig.from_pretrained(directory), is_trunk=is_trunk)
+    stored, prefix = stored_tensors(directory), f"{model.spec.trunk}."
     if not any(name.startswith(prefix) for name in stored):  # a bare trunk, as the hub's gpt2
         stored = {prefix + name: x for name, x in stored.items()}
     unused = BUFFERS if model.has_own_head else (*BUFFERS, f"{model.spec.head}.weight")
+    unused = (*unused, *CLASSIFIER) if is_trunk else unused
     weights = {name: x.to(dtype) for name, x in stored.items() if not name.endswith(unused)}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
+
+
+def stored_tensors(directory: Path) -> dict[str, Tensor]:
+    return {name: x for file in sorted(directory.glob("*.safetensors")) for name, x in load_file(file).items()}

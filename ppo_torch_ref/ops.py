@@ -148,12 +148,14 @@ def next_kl_coef(kl_coef: Tensor, seq_kl: Tensor, *, target_nats: float, horizon
 # --- rewards ---
 
 
-def token_rewards(seq_scores: Tensor, token_k1: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
+def token_rewards(seq_scores: Tensor, token_k1: Tensor, response_mask: Tensor, *, kl_coef: float | Tensor) -> Tensor:
     """r_t = −β k1_t on every response token, plus the score on the last one."""
     return score_on_last_token(seq_scores, response_mask) - kl_coef * zero_masked(token_k1, response_mask)
 
 
-def exact_kl_token_rewards(seq_scores: Tensor, token_kl: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
+def exact_kl_token_rewards(
+    seq_scores: Tensor, token_kl: Tensor, response_mask: Tensor, *, kl_coef: float | Tensor
+) -> Tensor:
     """r_t = −β m_{t+1} KL_{t+1}, plus the score on the last response token; β KL_t is in the loss."""
     kl_of_next = zero_masked(token_kl, response_mask).roll(-1, dims=1)
     kl_of_next[:, -1] = 0

@@ -51,7 +51,7 @@ def missing_eos_penalty(ended: Tensor, *, penalty: float, dtype=torch.float32) -
 
 def too_short_penalty(lengths: Tensor, *, min_tokens: int, penalty: float) -> Tensor:
     """penalty · max(0, 1 − L / min)."""
-    return penalty * (1.0 - lengths / min_tokens).clamp(min=0.0)
+    return penalty * (min_tokens - lengths).clamp(min=0.0) / max(min_tokens, 1)
 
 
 def too_long_penalty(lengths: Tensor, *, soft_max_tokens: int, max_tokens: int, penalty: float) -> Tensor:

@@ -26,7 +26,7 @@ QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
     """One PPO iteration; returns its metrics."""
     device = next(parts.model.parameters()).device
-    clock = [time.perf_counter()]
+    clock, objective = [time.perf_counter()], parts.objective
     batch_size, repeats = config.rollout.batch_size, config.rollout.answers_per_prompt
 
     # 1. The current policy answers the prompts.
@@ -51,51 +51,69 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
         parts.reference,
         rollout,
         temperature=parts.sampling.temperature,
-        micro_batch_size=parts.objective.micro_batch_size,
+        micro_batch_size=objective.micro_batch_size,
+        critic=None if objective.critic is None else objective.critic.values,
+        bootstrap=config.critic.bootstrap_truncated,
     )
     clock.append(time.perf_counter())
 
     # 4. Score and KL become the total reward, token by token.
-    mask = rollout.response_mask
-    if config.kl.form == "exact":
-        token_rewards = ops.exact_kl_token_rewards(seq_scores, scored.token_kl, mask, kl_coef=config.kl.coef)
-    else:
-        token_k1 = ops.k1(scored.old_logprobs, scored.ref_logprobs)
-        token_rewards = ops.token_rewards(seq_scores, token_k1, mask, kl_coef=config.kl.coef)
+    shaped_scores, parts.score_moments = parts.algorithm.shape_scores(parts.score_moments, seq_scores, rollout)
+    token_rewards = parts.algorithm.token_rewards(shaped_scores, scored, rollout.response_mask, kl_coef=parts.kl_coef)
 
     # 5. The advantage: which answers were better than their batch.
-    advantages = getattr(ops, f"{config.advantage.estimator}_advantages")(token_rewards, mask)
+    advantages, returns = parts.algorithm.advantages(token_rewards, scored, rollout)
+    observed = experience_metrics(
+        rollout, scored, seq_scores, parts.kl_coef, shaped_scores=shaped_scores, returns=returns
+    )
 
     # 6. A few small, clipped steps.
     experience = Experience(
-        rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, mask, scored.old_logprobs, advantages
+        prompt_tokens=rollout.prompt_tokens,
+        prompt_mask=rollout.prompt_mask,
+        response_tokens=rollout.response_tokens,
+        response_mask=rollout.response_mask,
+        old_logprobs=scored.old_logprobs,
+        advantages=advantages,
+        old_values=scored.values,
+        returns=returns,
     )
     all_stats = update(
         parts.model,
         parts.optimizer,
         parts.reference,
         experience,
-        config.kl.coef,
-        objective=parts.objective,
+        parts.kl_coef,
+        objective=objective,
         orders=parts.noise.orders(step, config.update.epochs, batch_size),
         minibatch_size=config.update.minibatch_size,
+        critic_optimizer=parts.critic_optimizer,
+        max_approx_kl_nats=config.update.max_approx_kl_nats,
     )
+    parts.kl_coef = parts.algorithm.next_kl_coef(parts.kl_coef, parts.kl_coef.new_tensor(observed["kl/seq_nats"]))
     clock.append(time.perf_counter())
 
     seconds = dict(zip(("rollout", "reward", "score", "update"), np.diff(clock).tolist(), strict=True))
     return {
         "step": step,
-        **experience_metrics(rollout, scored, seq_scores, config.kl.coef),
-        "kl/coef": config.kl.coef,
+        **observed,
         **summarise(all_stats),
         **{f"time/{name}_s": value for name, value in seconds.items()},
         "time/iteration_s": clock[-1] - clock[0],
-        "throughput/response_tokens_per_s": float(mask.sum()) / (clock[-1] - clock[0]),
+        "throughput/response_tokens_per_s": float(rollout.response_mask.sum()) / (clock[-1] - clock[0]),
     }
 
 
-def experience_metrics(rollout: Rollout, scored: Scored, seq_scores: Tensor, kl_coef: float) -> Stats:
-    """Scores, KL, lengths and log-probs of one batch of answers, before it is trained on."""
+def experience_metrics(
+    rollout: Rollout,
+    scored: Scored,
+    seq_scores: Tensor,
+    kl_coef: Tensor,
+    *,
+    shaped_scores: Tensor,
+    returns: Tensor | None,
+) -> Stats:
+    """Scores, KL, lengths, log-probs and values of one batch of answers, before it is trained on."""
     mask = rollout.response_mask
     answered, lengths = mask.any(dim=1), ops.masked_count(mask, axis=1)
 
@@ -109,8 +127,12 @@ def experience_metrics(rollout: Rollout, scored: Scored, seq_scores: Tensor, kl_
         "kl/token_nats": ops.masked_mean(scored.token_kl, mask),
         "kl/token_max_nats": ops.masked_max(scored.token_kl, mask),
         "kl/k1_seq_nats": mean_over_answers(ops.k1(scored.old_logprobs, scored.ref_logprobs)),
+        "kl/k2_seq_nats": mean_over_answers(ops.k2(scored.old_logprobs, scored.ref_logprobs)),
+        "kl/k3_seq_nats": mean_over_answers(ops.k3(scored.old_logprobs, scored.ref_logprobs)),
+        "kl/coef": kl_coef,
         "score/mean": score,
         "score/std": ops.masked_var(seq_scores, answered).sqrt(),
+        "score/shaped_mean": ops.masked_mean(shaped_scores, answered),
         "reward/mean": score - kl_coef * seq_kl,
         "response/len_mean_tokens": ops.masked_mean(lengths, answered),
         "response/truncated_frac": (rollout.finish_reason == TRUNCATED).float().mean(),
@@ -120,6 +142,9 @@ def experience_metrics(rollout: Rollout, scored: Scored, seq_scores: Tensor, kl_
         "rollout/logprob_gap_max": ops.masked_max((rollout.behaviour_logprobs - scored.old_logprobs).abs(), mask),
         "rollout/kept_mass": ops.masked_mean(rollout.kept_mass, mask),
     }
+    if scored.values is not None and returns is not None:
+        metrics["critic/explained_variance"] = ops.explained_variance(scored.values, returns, mask)
+        metrics["critic/value_mean"] = ops.masked_mean(scored.values, mask)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -6,13 +6,15 @@ gradients, then comes one clipping and one AdamW step.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppo_torch_ref import ops
-from ppo_torch_ref.model import response_logits
+from ppo_torch_ref.critic import Critic
+from ppo_torch_ref.model import Sequences, response_logits, response_states
 
 Stats = dict[str, float]
 
@@ -27,27 +29,46 @@ class Experience:
     response_mask: Tensor  # bool [B, T]
     old_logprobs: Tensor  # [B, T], nats per token, frozen
     advantages: Tensor  # [B, T], units of the reward
+    old_values: Tensor | None = None  # [B, T], of the critic at rollout, frozen; None where there is none
+    returns: Tensor | None = None  # [B, T], what the critic learns
 
     def rows(self, index) -> "Experience":
-        return Experience(*(getattr(self, field.name)[index] for field in fields(self)))
+        return replace(self, **{name: x[index] for name, x in vars(self).items() if x is not None})
+
+
+@dataclass(frozen=True)
+class CriticObjective:
+    """How a critic makes its values, and how it learns them."""
+
+    values: Critic
+    loss: Callable[..., Tensor]  # (values, old_values, returns) -> loss per token
+    coef: float
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the update minimises; `loss_weights` is one of `ops.*_weights`: mask -> weights.
-
-    `kl_in_loss` is the `exact` form's half of the penalty.
-    """
+    """What the update minimises; `algorithm` makes one of a config."""
 
     temperature: float
-    clip_eps: float
-    loss_weights: Callable[..., Tensor]
+    policy_loss: Callable[..., Tensor]  # (logprobs, old_logprobs, advantages) -> loss per token
+    clipping_acts: Callable[..., Tensor]  # of the same arguments: where the clipping stops the gradient
+    loss_weights: Callable[..., Tensor]  # one of `ops.*_weights`: mask -> weights
     micro_batch_size: int
-    kl_in_loss: bool
+    loss_kl: Callable[..., Tensor] | None = None  # (logits, ref_logits, tokens) -> KL per token, where β KL is added
+    entropy_coef: float = 0.0
+    critic: CriticObjective | None = None
 
 
-def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay."""
+def learning_rate(
+    step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int, idle_steps: int = 0
+) -> float:
+    """Learning rate of optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay.
+
+    It is 0 in the first `idle_steps` of the `total_steps`, and all else begins behind them.
+    """
+    if step < idle_steps:
+        return 0.0
+    step, total_steps = step - idle_steps, total_steps - idle_steps
     warmup = min((step + 1) / max(warmup_steps, 1), 1.0)
     done = min(max((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0), 1.0)
     decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2.0}
@@ -116,46 +137,62 @@ def policy_loss(
     reference: nn.Module,
     experience: Experience,
     weights: Tensor,
-    kl_coef: float,
+    kl_coef: float | Tensor,
     objective: Objective,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ w (ℓ + β KL) of some answers, β KL in the `exact` form only, and the sums that the statistics are made of."""
-    mask = experience.response_mask
-    sequences = (experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
-    logits = response_logits(model, *sequences)
-    logprobs = ops.token_logprobs(logits, experience.response_tokens, temperature=objective.temperature)
-    logprobs, old_logprobs, advantages = (
-        ops.zero_masked(x, mask) for x in (logprobs, experience.old_logprobs, experience.advantages)
-    )
-    token_losses = ops.clipped_policy_loss(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
-    policy = ops.weighted_sum(token_losses, weights)
-    penalty = torch.zeros_like(policy)
-    if objective.kl_in_loss:
+    """Σ w (ℓ + β KL − c_H H + c_V ℓ_V) of some answers, and the sums that the statistics are made of.
+
+    A term that the objective does not have is 0; without a critic there is no statistic of one either.
+    """
+    mask, tokens, temperature = experience.response_mask, experience.response_tokens, objective.temperature
+    sequences = (experience.prompt_tokens, experience.prompt_mask, tokens, mask)
+    hidden, logits = response_states(model, *sequences)
+    logprobs = ops.zero_masked(ops.token_logprobs(logits, tokens, temperature=temperature), mask)
+    old_logprobs, advantages = (ops.zero_masked(x, mask) for x in (experience.old_logprobs, experience.advantages))
+    policy = ops.weighted_sum(objective.policy_loss(logprobs, old_logprobs, advantages), weights)
+    terms = {"loss_policy": policy, "loss_kl": torch.zeros_like(policy), "loss_entropy": torch.zeros_like(policy)}
+    if objective.loss_kl is not None:
         with torch.no_grad():  # the reference is asked again instead of stored
             ref_logits = response_logits(reference, *sequences)
-        token_kl = ops.exact_token_kl(logits, ref_logits, temperature=objective.temperature)
-        penalty = kl_coef * ops.weighted_sum(token_kl, weights)
+        token_kl = objective.loss_kl(logits, ref_logits, tokens, temperature=temperature)
+        terms["loss_kl"] = kl_coef * ops.weighted_sum(token_kl, weights)
+    if objective.entropy_coef > 0:
+        token_entropy = ops.entropy(logits, temperature=temperature)
+        terms["loss_entropy"] = -objective.entropy_coef * ops.weighted_sum(token_entropy, weights)
+    if objective.critic is not None:
+        terms["loss_value"] = objective.critic.coef * value_loss(
+            hidden, sequences, experience, weights, objective.critic
+        )
     with torch.no_grad():
-        clipped = ops.clipping_acts(logprobs, old_logprobs, advantages, clip_eps=objective.clip_eps)
+        clipped = objective.clipping_acts(logprobs, old_logprobs, advantages)
         log_ratio = logprobs - old_logprobs
-        stats = {
-            "loss_policy": policy.detach(),
-            "loss_kl": penalty.detach(),
+        stats = {name: term.detach() for name, term in terms.items()} | {
             "tokens": ops.masked_count(mask),
             "clipped_tokens": ops.masked_count(clipped & mask),
             "approx_kl_nats": ops.masked_sum(ops.k3(old_logprobs, logprobs), mask),
             "ratio_max": ops.masked_max(torch.exp(log_ratio), mask),
             "log_ratio_abs_max": ops.masked_max(log_ratio.abs(), mask),
         }
-    return policy + penalty, stats
+    return sum(terms.values(), torch.zeros_like(policy)), stats
+
+
+def value_loss(
+    policy_hidden: Tensor, sequences: Sequences, experience: Experience, weights: Tensor, critic: CriticObjective
+) -> Tensor:
+    """Σ w ℓ_V of some answers."""
+    values = critic.values(policy_hidden, sequences)[:, :-1]
+    inputs: Any = (values, experience.old_values, experience.returns)
+    return ops.weighted_sum(critic.loss(*(ops.zero_masked(x, experience.response_mask) for x in inputs)), weights)
 
 
 def loss_and_gradients(
-    model: nn.Module, reference: nn.Module, minibatch: Experience, kl_coef: float, objective: Objective
+    model: nn.Module, reference: nn.Module, minibatch: Experience, kl_coef: float | Tensor, objective: Objective
 ) -> tuple[float, Stats]:
     """Loss and statistics of a minibatch; the gradients, summed over its micro-batches, are left in `.grad`."""
     weights = objective.loss_weights(minibatch.response_mask, dtype=minibatch.old_logprobs.dtype)
     model.zero_grad()
+    if objective.critic is not None:
+        objective.critic.values.zero_grad()
     total, sums = 0.0, {}
     for rows in torch.arange(len(weights)).split(objective.micro_batch_size):
         loss, stats = policy_loss(model, reference, minibatch.rows(rows), weights[rows], kl_coef, objective)
@@ -172,17 +209,28 @@ def ppo_step(
     optimizer: AdamW,
     reference: nn.Module,
     minibatch: Experience,
-    kl_coef: float,
+    kl_coef: float | Tensor,
     *,
     objective: Objective,
+    critic_optimizer: AdamW | None = None,
 ) -> Stats:
-    """One optimizer step; one whose loss or gradient is not finite changes nothing and is counted as skipped."""
+    """One optimizer step; one whose loss or gradient is not finite changes nothing and is counted as skipped.
+
+    Policy and critic are clipped and moved each by itself.
+    """
     loss, sums = loss_and_gradients(model, reference, minibatch, kl_coef, objective)
     grad_norm = global_norm(optimizer.gradients().values())
-    finite = math.isfinite(loss) and bool(torch.isfinite(grad_norm))
+    finite, of_critic = math.isfinite(loss) and bool(torch.isfinite(grad_norm)), {}
+    if critic_optimizer is not None:
+        critic_norm = global_norm(critic_optimizer.gradients().values())
+        finite = finite and bool(torch.isfinite(critic_norm))
+        of_critic = {"loss/value": sums["loss_value"], "critic/grad_norm": float(critic_norm)}
+        if finite:
+            critic_optimizer.step(critic_norm)
     return {
         "loss/policy": sums["loss_policy"],
         "loss/kl": sums["loss_kl"],
+        "loss/entropy": sums["loss_entropy"],
         "policy/clip_frac": sums["clipped_tokens"] / sums["tokens"],
         "policy/approx_kl_nats": sums["approx_kl_nats"] / sums["tokens"],
         "policy/ratio_max": sums["ratio_max"],
@@ -190,6 +238,7 @@ def ppo_step(
         "update/grad_norm": float(grad_norm),
         "update/param_rel_change": optimizer.step(grad_norm) if finite else 0.0,
         "update/skipped_steps": float(not finite),
+        **of_critic,
     }
 
 
@@ -198,18 +247,23 @@ def update(
     optimizer: AdamW,
     reference: nn.Module,
     experience: Experience,
-    kl_coef: float,
+    kl_coef: float | Tensor,
     *,
     objective: Objective,
     orders: list[Tensor],
     minibatch_size: int,
+    critic_optimizer: AdamW | None = None,
+    max_approx_kl_nats: float | None = None,
 ) -> list[Stats]:
-    """An epoch of minibatches for each order of the answers; statistics of every optimizer step in order."""
-    all_stats = []
-    for order in orders:
-        for rows in order.split(minibatch_size):
-            minibatch = experience.rows(rows)
-            all_stats.append(ppo_step(model, optimizer, reference, minibatch, kl_coef, objective=objective))
+    """An epoch of minibatches for each order of the answers; statistics of every optimizer step in order.
+
+    A step that finds the policy further from the old one than `max_approx_kl_nats` is the last.
+    """
+    all_stats, both = [], {"objective": objective, "critic_optimizer": critic_optimizer}
+    for rows in (rows for order in orders for rows in order.split(minibatch_size)):
+        all_stats.append(ppo_step(model, optimizer, reference, experience.rows(rows), kl_coef, **both))
+        if max_approx_kl_nats is not None and all_stats[-1]["policy/approx_kl_nats"] > max_approx_kl_nats:
+            break
     return all_stats
 
 

@@ -20,6 +20,7 @@ from ppo_torch_ref import build, model, ops, rollout, train, update
 
 WORDS = ["<eos>", "the", "film", "was", "good", "bad", "long", "short", "and", "very", "plot", "cast"]
 GOOD = WORDS.index("good")
+CRITIC = {"advantage.estimator": "gae", "critic.kind": "value_head"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,9 +154,31 @@ def test_metric_names_are_those_of_ppo_jax(config_file):
     count, scalar = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     answers = Rollout(tokens, mask, tokens, mask, token, token, count, count, scalar)
     coef = jax.ShapeDtypeStruct((), jnp.float32)
-    expected = jax.eval_shape(metrics.experience_metrics, answers, Scored(token, token, token, token), row, coef)
-    numbers = train.ppo_iteration(*parts_of(config_file()), 0)
+    scored = Scored(token, token, token, token, values=token)
+    measure = partial(metrics.experience_metrics, shaped_scores=row, returns=token)
+    expected = jax.eval_shape(measure, answers, scored, row, coef)
+    numbers = train.ppo_iteration(*parts_of(config_file(**CRITIC)), 0)
     assert set(expected) <= set(numbers)
+
+
+@pytest.mark.parametrize("hf", [False, True])
+@pytest.mark.parametrize("kind", ["value_head", "model"])
+def test_a_critic_learns_what_the_answers_earn(config_file, kind, hf):
+    """On its own: the policy waits all the while."""
+    settings = CRITIC | {"critic.kind": kind, "critic.warmup_iterations": 9, "run.iterations": 10}
+    config, parts = parts_of(config_file(**settings, **{"rollout.batch_size": 64, "update.epochs": 8}), hf=hf)
+    seen = [train.ppo_iteration(config, parts, step) for step in range(4)]
+    assert seen[0]["critic/value_mean"] == seen[0]["critic/explained_variance"] == 0.0
+    assert seen[-1]["critic/explained_variance"] > 0.1
+    assert seen[-1]["loss/value"] < 0.9 * seen[0]["loss/value"]
+    assert seen[-1]["kl/seq_nats"] == 0.0
+
+
+def test_beta_and_moments_go_from_iteration_to_iteration(config_file):
+    config, parts = parts_of(config_file(**{"kl.target_nats": 1.0, "kl.horizon": 4, "reward.normalise": "running"}))
+    coefs = [train.ppo_iteration(config, parts, step)["kl/coef"] for step in range(2)]
+    assert coefs == pytest.approx([0.05, 0.05 * (1 - 0.2 / 4)], rel=1e-6)
+    assert float(parts.score_moments.count) == 32
 
 
 def test_stop_strings_are_refused(config_file):
