@@ -182,7 +182,7 @@ def loss(dtype: str) -> Iterator[Row]:
     inputs = tuple(rng.normal(0, 0.5, mask.shape) for _ in range(3))
     ratio_losses = (losses.clipped_policy_loss, losses.clipping_acts)
     equal: dict[str, Any] = {"clip_eps": CLIP_EPS}
-    unequal = equal | {"clip_eps_high": 0.4}
+    unequal: dict[str, Any] = equal | {"clip_eps_high": 0.4}
     for compared, *calls in (
         (
             "per-token losses",
