@@ -28,6 +28,7 @@ from ppo_jax.ops.rewards import first_moments
 from ppo_jax.processes import from_lead
 from ppo_jax.prompts import Prompts, load_prompts
 from ppo_jax.records import TrainState
+from ppo_jax.rewards.classifier import load_reward_model
 from ppo_jax.rewards.source import RewardFunction, load_function
 from ppo_jax.rollout import Endings, Sampling
 from ppo_jax.run_directory import check_reference, check_resumable, run_directory, write_description
@@ -73,7 +74,7 @@ def build(
     if resume:
         check_resumable(directory, from_python)
     check_sinks(config.monitor)
-    reward = load_function(config.reward.function) if reward is None else reward
+    reward = load_reward(config, mesh) if reward is None else reward
     model = open_model(config)
     loaded_prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
     fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
@@ -157,6 +158,14 @@ def first_state(params: Params, *, optimizer: optax.GradientTransformation, kl_c
             score_moments=first_moments(dtype),
         )
     )
+
+
+def load_reward(config: Config, mesh: jax.sharding.Mesh) -> RewardFunction:
+    """Step 2: the reward model where there is one, else the function."""
+    if config.reward.model is None:
+        return load_function(config.reward.function)
+    dtype, ignored = config.model.compute_dtype, config.model.ignored_config_fields
+    return load_reward_model(config.reward, mesh, dtype=dtype, ignored_config_fields=ignored)
 
 
 def make_sampling(config: Config) -> Sampling:

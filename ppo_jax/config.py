@@ -79,6 +79,25 @@ class PromptsConfig(Section, frozen=True):
 
 
 class RewardConfig(Section, frozen=True):
+    model: NonEmpty | None = Field(
+        default=None,
+        description="sequence-classification model that gives the scores instead of the function: a Hugging Face "
+        "directory or hub id",
+    )
+    model_label: NonNegative | NonEmpty | None = Field(
+        default=None, description="index or name of the label whose logit is the score; null where it has one label"
+    )
+    model_batch_size: Positive = Field(default=16, description="texts that the reward model reads at a time")
+    model_chat_template: bool = Field(
+        default=False,
+        description="prompt and answer are messages of user and assistant in the reward model's chat template, not one "
+        "text after the other",
+    )
+    model_max_tokens: Positive | None = Field(
+        default=None,
+        description="longest text in the reward model's tokens, of longer ones the beginning is lost; null refuses "
+        "texts longer than its positions",
+    )
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = Field(
         default="ppo_jax.rewards.sentiment:vader_compound",
         description="module:function of (prompts, answers), two lists of texts, that returns one float per answer",

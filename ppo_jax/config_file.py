@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ppo_jax.config import Config, known_keys
+from ppo_jax.config import Config, RewardConfig, known_keys
 from ppo_jax.errors import UserError
 
 
@@ -110,6 +110,10 @@ def _describe(entry: dict[str, Any]) -> str:
 def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is wrong between fields: (the keys involved, the message)."""
     rollout, update = config.rollout, config.update
+    for key in ("model_label", "model_batch_size", "model_chat_template", "model_max_tokens"):
+        value = getattr(config.reward, key)
+        if config.reward.model is None and value != RewardConfig.model_fields[key].default:
+            yield (f"reward.{key}", "reward.model"), f"reward.{key} ({value}) has no use without reward.model"
     for (big_key, big), (small_key, small) in (
         (
             ("rollout.batch_size", rollout.batch_size),

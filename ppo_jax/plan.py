@@ -18,6 +18,7 @@ from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.processes import is_lead
 from ppo_jax.prompts import load_prompts
 from ppo_jax.records import Experience, Rollout
+from ppo_jax.rewards.classifier import open_reward_model
 from ppo_jax.run_directory import run_directory
 
 GIGABYTE = 1e9
@@ -28,7 +29,10 @@ def print_plan(config: Config, *, resume: bool) -> None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh.shape)
     run_directory(config, resume=resume)
-    build.load_function(config.reward.function)
+    if config.reward.model is None:
+        build.load_function(config.reward.function)
+    else:
+        open_reward_model(config.reward, ignored_config_fields=config.model.ignored_config_fields)
     model = build.open_model(config)
     prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
     build.check_tokens(config, model, prompts)

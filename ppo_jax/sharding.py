@@ -62,6 +62,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
+def own_mesh(mesh: Mesh) -> Mesh:
+    """The devices of a mesh that are this process's, rows and weights split over them: for work of its own."""
+    devices = np.asarray(mesh.local_devices).reshape(1, -1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def no_mesh() -> AbstractContextManager[Any]:
     """A user's code runs as if there were no mesh: what it computes with JAX stays on its own device and process."""
     return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
