@@ -129,7 +129,13 @@ def first_critic(
         return None, {}
     if config.critic.kind == "value_head":
         return None, {"critic": {"head": zero_value_head(model.spec.width)}}
-    spec, critic = load_critic(config.critic.path, model, initial, place=partial(sharding.place_param, mesh))
+    spec, critic = load_critic(
+        config.critic.path,
+        model,
+        initial,
+        place=partial(sharding.place_param, mesh),
+        ignored_config_fields=config.model.ignored_config_fields,
+    )
     return spec, {"critic": critic}
 
 
@@ -139,8 +145,9 @@ def abstract_critic(config: Config, model: ModelDirectory) -> tuple[DecoderSpec 
         return None, {}
     if config.critic.kind == "value_head":
         return None, {"critic": {"head": jax.eval_shape(partial(zero_value_head, model.spec.width))}}
-    path = config.critic.path
-    spec = critic_spec(model.spec if path is None else hf_io.open_model(path, key="critic.path").spec)
+    path, ignored = config.critic.path, config.model.ignored_config_fields
+    own = model if path is None else hf_io.open_model(path, key="critic.path", ignored_config_fields=ignored)
+    spec = critic_spec(own.spec)
     head = jax.eval_shape(partial(zero_value_head, spec.width))
     return spec, {"critic": {"trunk": abstract_params(spec), "head": head}}
 
@@ -228,11 +235,12 @@ def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -
             f"tokenizer and model do not belong together"
         )
     longest = max(len(tokens) for tokens in encoded)
-    if longest + config.rollout.max_new_tokens > spec.max_positions:
-        raise UserError(
-            f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) exceed"
-            f" the model's {spec.max_positions} positions; lower prompts.max_tokens or rollout.max_new_tokens"
-        )
+    for whose, of in (("model", spec), ("critic", abstract_critic(config, model)[0])):
+        if of is not None and longest + config.rollout.max_new_tokens > of.max_positions:
+            raise UserError(
+                f"the longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) "
+                f"exceed the {whose}'s {of.max_positions} positions; lower prompts.max_tokens or rollout.max_new_tokens"
+            )
 
 
 def _fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> Prompts:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ppo_jax.models.critic import cast_trunks
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.ops.logprobs import entropy, token_logprobs
@@ -58,7 +59,7 @@ def score(
     """
     batch, length = rollout.response_tokens.shape
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
-    params, ref_params = cast(params, compute_dtype), cast(ref_params, compute_dtype)
+    params, ref_params = cast_trunks(params, compute_dtype), cast(ref_params, compute_dtype)
 
     def score_answers(answers):
         (policy, reference), answers = gather_again((params, ref_params), answers)

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.config import Config, UpdateConfig
-from ppo_jax.models.critic import split_critic
+from ppo_jax.models.critic import cast_trunks, split_critic
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops import kl, losses, masking
 from ppo_jax.ops.logprobs import entropy, token_logprobs
@@ -137,7 +137,7 @@ class Terms(NamedTuple):
 
 def loss_terms(params: Params, ref_params: Params, experience: Experience, objective: Objective) -> Terms:
     """`Terms` of some answers; the heads of policy and reference are streamed together, as in scoring."""
-    params, ref_params = cast(params, objective.compute_dtype), cast(ref_params, objective.compute_dtype)
+    params, ref_params = cast_trunks(params, objective.compute_dtype), cast(ref_params, objective.compute_dtype)
     mask, temperature, spec = experience.response_mask, objective.temperature, objective.spec
     sequences = (experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
     hidden = response_hidden(params, *sequences, spec=spec, remat=objective.remat)

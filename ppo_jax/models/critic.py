@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from ppo_jax.models.decoder import DecoderSpec, Params, response_hidden
+from ppo_jax.models.decoder import DecoderSpec, Params, cast, response_hidden
 from ppo_jax.models.heads import head_values
 
 Sequences = Sequence[Array]  # prompt tokens and mask [B, P], response tokens and mask [B, T]
@@ -18,6 +18,14 @@ Sequences = Sequence[Array]  # prompt tokens and mask [B, P], response tokens an
 def split_critic(params: Params) -> tuple[Params, Any]:
     """The policy's parameters, and the critic's or None; also of gradients and updates."""
     return {name: tree for name, tree in params.items() if name != "critic"}, params.get("critic")
+
+
+def cast_trunks(params: Params, dtype) -> Params:
+    """Policy and critic in the dtype that forward passes compute in; a value head stays as it is, in its masters'."""
+    policy, critic = split_critic(params)
+    if critic is None:
+        return cast(policy, dtype)
+    return cast(policy, dtype) | {"critic": {**cast(critic, dtype), "head": critic["head"]}}
 
 
 def trunk_values(params: Params, hidden: Float[Array, "B T D"], _: Sequences) -> Float[Array, "B T"]:
