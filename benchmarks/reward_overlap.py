@@ -62,7 +62,7 @@ def measure(reward: RewardFunction, pairs: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What scoring in the background gains.")
     parser.add_argument("--pairs", type=int, default=5, help="measured pairs of iterations for each reward")
     pairs = parser.parse_args().pairs
     table = Table(title=f"Seconds of steps 2 to 5, medians of {pairs}")

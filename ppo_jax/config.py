@@ -82,6 +82,7 @@ class PromptsConfig(Section, frozen=True):
     evaluation_path: NonEmpty | None = Field(
         default=None, description="held-out prompts for monitor.evaluate_every, in the same form; null is none"
     )
+    evaluation_split: NonEmpty = Field(default="test", description="split of evaluation_path where that is a hub id")
     evaluation_fraction: Annotated[float, Field(ge=0, lt=1), _Number] = Field(
         default=0.0, description="share of the different prompts of prompts.path that is held out instead"
     )

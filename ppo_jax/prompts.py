@@ -106,7 +106,7 @@ def load_split(
     """Prompts to train on and those held out; no prompt, as the model reads it, is among both."""
     training = load_prompts(config, tokenizer, seed=seed, texts=texts)
     if config.evaluation_path is not None:
-        source = config.model_copy(update={"path": config.evaluation_path})
+        source = config.model_copy(update={"path": config.evaluation_path, "split": config.evaluation_split})
         held_out = load_prompts(source, tokenizer, seed=seed)
         seen = {tuple(tokens) for tokens in training.encoded}
         shared = [text for text, tokens in zip(held_out.texts, held_out.encoded, strict=True) if tuple(tokens) in seen]

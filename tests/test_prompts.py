@@ -311,6 +311,19 @@ def test_a_hub_data_set_is_read_by_its_split_with_all_its_columns(monkeypatch):
     assert loaded.columns["reference"] == ["Because."] * 2
 
 
+def test_training_and_evaluation_can_be_two_splits_of_one_data_set(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, *, split: datasets.Dataset.from_list([{"prompt": f"{split} of {path}"}])
+    )
+    config = PromptsConfig(path="someone/prompts", evaluation_path="someone/prompts", evaluation_split="validation")
+    training, held_out = load_split(config, make_tokenizer(), seed=0)
+    assert training.texts == ["train of someone/prompts"]
+    assert held_out is not None
+    assert held_out.texts == ["validation of someone/prompts"]
+
+
 def test_a_hub_data_set_that_cannot_be_reached_is_refused_with_the_reason(monkeypatch):
     import datasets
 

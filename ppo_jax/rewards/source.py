@@ -203,8 +203,7 @@ def checked_scores(scores: Any, prompts: list[str], answers: list[str], *, of: s
         raise UserError(f"{of} returned {type(scores).__name__}, expected {len(answers)} floats") from None
     if count != len(answers):
         raise UserError(f"{of} returned {count} scores for {len(answers)} answers")
-    score: Any
-    for i, score in enumerate(scores):
+    for i, score in enumerate(cast(Sequence[float], scores)):
         is_number = isinstance(score, numbers.Real | np.floating | np.integer) and not isinstance(
             score, bool | np.bool_
         )
