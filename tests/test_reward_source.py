@@ -1,12 +1,15 @@
 import asyncio
+import gc
 import threading
-import time
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ppo_jax.config import RewardConfig
 from ppo_jax.errors import UserError
+from ppo_jax.rewards import source
 from ppo_jax.rewards.sentiment import vader_compound
 from ppo_jax.rewards.source import Reward, audit, load_function, open_reward, score_answers, start_scoring
 
@@ -171,9 +174,13 @@ def test_an_asynchronous_source_that_fails_is_named_and_leaves_nothing_running()
     with pytest.raises(UserError, match="'fails' raised KeyError"):
         score_answers(Reward({"fails": fails, "slow": slow}), PROMPTS, ANSWERS)
     assert seen == ["done"]
-    with pytest.raises(UserError, match="'plain' raised ZeroDivisionError"):  # and no warning of a coroutine
-        score_answers(Reward({"slow": slow, "plain": lambda p, a: 1 / 0}), PROMPTS, ANSWERS)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(UserError, match="'plain' raised ZeroDivisionError"):
+            score_answers(Reward({"slow": slow, "plain": lambda p, a: 1 / 0}), PROMPTS, ANSWERS)
+        gc.collect()
     assert seen == ["done"]
+    assert not warned  # of a coroutine that was never awaited
 
 
 def test_answers_are_scored_in_the_background_and_failures_come_out_where_they_are_waited_for():
@@ -191,14 +198,40 @@ def test_answers_are_scored_in_the_background_and_failures_come_out_where_they_a
         failing()
 
 
-def test_a_source_that_hangs_is_given_up_after_the_time_limit_counted_from_its_start():
+def test_a_source_on_the_devices_of_the_run_is_done_before_anything_else_starts_there():
+    done = []
+
+    class Model:
+        on_devices = True
+
+        def __call__(self, prompts, answers):
+            threading.Event().wait(0.2)
+            done.append(threading.current_thread())
+            return lengths(prompts, answers)
+
+    finish = start_scoring(Reward({"model": Model()}), PROMPTS, ANSWERS)
+    assert len(done) == 1
+    assert finish().total.tolist() == [3, 3, 5]
+
+
+def test_a_source_that_hangs_is_given_up_after_the_time_limit():
     never = threading.Event()
     hangs = Reward({"function": lambda p, a: never.wait(60)}, time_limit_s=0.2)
-    finish = start_scoring(hangs, PROMPTS, ANSWERS)
-    time.sleep(0.2)
     with pytest.raises(UserError, match=r"reward\.time_limit_s \(0\.2 s\)"):
-        finish()
+        score_answers(hangs, PROMPTS, ANSWERS)
     never.set()
+
+
+def test_the_time_limit_counts_from_the_start_of_the_scoring_not_of_the_wait_for_it(monkeypatch):
+    clock, waits = iter([100.0, 107.0, 150.0]), []
+    scores = source.Scores(np.zeros(3, np.float32), {}, 0.0)
+    never_done = SimpleNamespace(result=lambda seconds: waits.append(seconds) or scores)
+    monkeypatch.setattr(source, "in_background", lambda work: never_done)
+    monkeypatch.setattr(source, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    finish = start_scoring(Reward({"function": lengths}, time_limit_s=10.0), PROMPTS, ANSWERS)
+    finish()
+    finish()
+    assert waits == [3.0, 0.0]
 
 
 def test_functions_are_found_by_module_and_name():

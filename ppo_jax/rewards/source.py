@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -100,18 +101,24 @@ def start_scoring(
     """Begin to score B answers in a thread, so that the device need not wait; what is returned waits for the scores.
 
     `columns` holds B entries under each name. A thread knows nothing of the run's mesh: what a source computes with JAX
-    stays on its own device and process.
+    stays on its own device and process. A source that says `on_devices` is waited for at once: it computes on several
+    of the run's devices, and programs that two threads start there could wait for one another for ever.
     """
     limit = reward.time_limit_s
     end = None if limit is None else time.monotonic() + limit
     scoring = in_background(partial(_scores, reward, prompts, answers, columns or {}))
 
+    def left() -> float | None:
+        return None if end is None else max(0.0, end - time.monotonic())
+
     def finish() -> Scores:
         try:
-            return scoring.result(None if end is None else max(0.0, end - time.monotonic()))
+            return scoring.result(left())
         except TimeoutError:
             raise UserError(f"the answers were not scored after reward.time_limit_s ({limit:g} s)") from None
 
+    if any(getattr(source, "on_devices", False) for source in reward.sources.values()):
+        wait([scoring], left())
     return finish
 
 
@@ -188,7 +195,7 @@ def _call(function: RewardFunction, prompts: list[str], answers: list[str], colu
         return function(*given)
     by_position = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     copied = {name: list(values) for name, values in columns.items()}
-    if len(by_position) > 2 and (by_position[2].default is inspect.Parameter.empty or by_position[2].name == "columns"):
+    if len(by_position) > 2 and by_position[2].default is inspect.Parameter.empty:
         return function(*given, copied)
     if "columns" in parameters:
         return function(*given, columns=copied)
