@@ -218,6 +218,23 @@ def test_one_batch_that_fails_ends_them_all_before_they_are_asked_again(server, 
     assert len(server.seen) == 3
 
 
+def test_pauses_between_attempts_double_up_to_a_bound_and_end_when_another_batch_has_failed(server, monkeypatch):
+    monkeypatch.setattr(http, "FIRST_PAUSE_S", 0.5)
+    reward = HttpReward(server.url, timeout_s=30.0, retries=8, batch_size=5)
+    pauses, stop, turn = [], threading.Event(), threading.Semaphore()
+    monkeypatch.setattr(stop, "wait", pauses.append)
+    server.plan.extend([replies(b"", status=500)] * 9)
+    with pytest.raises(UserError, match="9 attempts"):
+        reward._scores(b"{}", 5, stop, turn)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert len(server.seen) == 9
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(UserError, match="another batch failed first"):
+        reward._scores(b"{}", 5, stopped, turn)
+    assert len(server.seen) == 9
+
+
 def test_several_scores_come_by_name(server):
     server.plan.extend([scores(lambda right: {"a": right, "b": [-x for x in right]})] * 3)
     assert ask(server) == {"a": SCORES, "b": [-x for x in SCORES]}
