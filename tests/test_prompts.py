@@ -216,14 +216,14 @@ def test_alpaca_is_laid_out_as_its_models_learned_it_or_wrapped_by_the_template(
     rows = [
         {"instruction": "Add.", "input": "2 and 3", "output": "5"},
         {"instruction": "Greet.", "input": "", "output": "Hi"},
-        {"instruction": "Sing."},
+        {"instruction": "Sing.", "source": "here"},
     ]
     file = write_rows(tmp_path / "p.jsonl", rows)
     plain = load(file, form="alpaca", max_tokens=400)
     assert plain.texts[0].endswith("\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:")
     assert plain.texts[1].endswith("the request.\n\n### Instruction:\nGreet.\n\n### Response:")
     assert plain.encoded[0] == make_tokenizer()(plain.texts[0])["input_ids"]
-    assert plain.columns == {"output": ["5", "Hi", None]}
+    assert plain.columns == {"output": ["5", "Hi", None], "source": [None, None, "here"]}
     tokenizer = chat_tokenizer()
     chat = load(file, tokenizer, form="alpaca", chat_template=True)
     assert chat.texts == ["Add.\n\n2 and 3", "Greet.", "Sing."]
