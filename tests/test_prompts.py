@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from ppo_jax.config import PromptsConfig
 from ppo_jax.errors import UserError
@@ -197,6 +198,13 @@ def test_every_broken_place_is_named_with_its_line(tmp_path, ending, content, wh
     assert str(file) in message
     for part in where:
         assert part in message
+
+
+def test_a_prompt_that_the_tokenizer_makes_nothing_of_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(UserError, match=r"prompt 2 is 'x', which the tokenizer makes no token of"):
+        load_prompts(PromptsConfig(), tokenizer, seed=0, texts=["good", "x"])
 
 
 def test_twenty_problems_are_shown_and_the_others_counted(tmp_path):
