@@ -32,7 +32,7 @@ from ppo_jax.ops import advantages, kl, rewards
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
 from ppo_jax.prompts import load_prompts
 from ppo_jax.records import Experience, Rollout, Scored
-from ppo_jax.rewards.source import load_function, score_answers
+from ppo_jax.rewards.source import open_reward, score_answers
 
 to_go = advantages.leave_one_out_to_go_advantages
 
@@ -160,12 +160,12 @@ def measure(config: Config, reference: str, batches: int) -> list[dict[str, Any]
     ref_params = hf_io.load_params(hf_io.resolve_directory(reference), model.config, model.spec)
     prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
     run = {"model": model, "prompts": prompts, "endings": build.make_endings(config, model)}
-    reward = load_function(config.reward.function)
+    reward = open_reward(config.reward)
     objective = replace(make_objective(config, model.spec), micro_batch_size=config.update.minibatch_size)
     moments: dict[str, Moments] = {}
     for step in track(range(batches), description="batches"):
         answers, asked, texts = answers_of(config, run, params, step)
-        scores = jnp.asarray(score_answers(reward, asked, texts))
+        scores = jnp.asarray(score_answers(reward, asked, texts).total)
         scored = scoring.score(
             params,
             ref_params,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -26,10 +26,10 @@ from ppo_jax.monitor.invariants import digest
 from ppo_jax.monitor.sinks import check_sinks
 from ppo_jax.ops.rewards import first_moments
 from ppo_jax.processes import from_lead
-from ppo_jax.prompts import Prompts, load_prompts
+from ppo_jax.prompts import Prompts, load_prompts, load_split
 from ppo_jax.records import TrainState
 from ppo_jax.rewards.classifier import load_reward_model
-from ppo_jax.rewards.source import RewardFunction, load_function
+from ppo_jax.rewards.source import Reward, RewardFunction, open_reward
 from ppo_jax.rollout import Endings, Sampling
 from ppo_jax.run_directory import check_reference, check_resumable, run_directory, write_description
 from ppo_jax.stop_strings import stop_table
@@ -47,7 +47,8 @@ class Run:
     ref_params: Params  # frozen, in the compute dtype
     prompts: Prompts
     fixed_prompts: Prompts
-    reward: RewardFunction
+    held_out: Prompts | None
+    reward: Reward
     sampling: Sampling
     endings: Endings
     algorithm: Algorithm  # steps 4 and 5
@@ -74,11 +75,10 @@ def build(
     if resume:
         check_resumable(directory, from_python)
     check_sinks(config.monitor)
-    reward = load_reward(config, mesh) if reward is None else reward
     model = open_model(config)
-    loaded_prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
+    loaded_prompts, held_out = load_split(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
     fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
-    check_tokens(config, model, loaded_prompts, fixed_prompts)
+    check_tokens(config, model, loaded_prompts, fixed_prompts, *([] if held_out is None else [held_out]))
     _float32_means_float32(config)
     with jax.set_mesh(mesh):
         endings = make_endings(config, model)
@@ -95,7 +95,8 @@ def build(
         ref_params=ref_params,
         prompts=loaded_prompts,
         fixed_prompts=fixed_prompts,
-        reward=reward,
+        held_out=held_out,
+        reward=make_reward(config, mesh, reward),
         sampling=make_sampling(config),
         endings=endings,
         algorithm=pick_algorithm(config),
@@ -167,12 +168,14 @@ def first_state(params: Params, *, optimizer: optax.GradientTransformation, kl_c
     )
 
 
-def load_reward(config: Config, mesh: jax.sharding.Mesh) -> RewardFunction:
-    """Step 2: the reward model where there is one, else the function."""
-    if config.reward.model is None:
-        return load_function(config.reward.function)
+def make_reward(config: Config, mesh: jax.sharding.Mesh, given: RewardFunction | None) -> Reward:
+    """Step 2: a function that came from Python, or all sources that the config sets."""
+    if given is not None or config.reward.model is None:
+        return open_reward(config.reward, given)
     dtype, ignored = config.model.compute_dtype, config.model.ignored_config_fields
-    return load_reward_model(config.reward, mesh, dtype=dtype, ignored_config_fields=ignored)
+    return open_reward(
+        config.reward, model=load_reward_model(config.reward, mesh, dtype=dtype, ignored_config_fields=ignored)
+    )
 
 
 def make_sampling(config: Config) -> Sampling:
@@ -244,9 +247,14 @@ def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -
 
 
 def _fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> Prompts:
-    texts = config.monitor.fixed_prompts
-    texts = prompts.texts[:4] if texts is None else list(texts)
-    return load_prompts(config.prompts, model.tokenizer, seed=config.run.seed, texts=texts)
+    """The first prompts, or the given texts; a text that is one of the prompts has the columns of that."""
+    if config.monitor.fixed_prompts is None:
+        return prompts.at(range(min(4, len(prompts.texts))))
+    given = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed, texts=config.monitor.fixed_prompts)
+    places = {tuple(tokens): i for i, tokens in enumerate(prompts.encoded)}
+    rows = [places.get(tuple(tokens)) for tokens in given.encoded]
+    columns = {name: [None if i is None else values[i] for i in rows] for name, values in prompts.columns.items()}
+    return replace(given, columns=columns)
 
 
 def _float32_means_float32(config: Config) -> None:

@@ -117,6 +117,8 @@ def _type_name(annotation: Any) -> str:
         return "|".join(arguments)
     if text.startswith("typing.Annotated"):
         return _type_name(arguments[0])
+    if text.startswith("dict["):
+        return "{NAME: VALUE, ...}"
     if text.startswith("tuple["):
         return "[TEXT, ...]"
     names = [_type_name(argument) for argument in arguments if argument is not type(None)]

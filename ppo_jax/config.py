@@ -28,7 +28,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Probability = Annotated[float, Field(ge=0, le=1), _Number]
 Decay = Annotated[float, Field(ge=0, lt=1), _Number]  # at 1 the bias correction of Adam divides by 0
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False), _Number]
 NonEmpty = Annotated[str, Field(min_length=1)]
+FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+ScoreName = Annotated[str, Field(pattern=r"^\w+$")]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -65,10 +68,24 @@ class ModelConfig(Section, frozen=True):
 
 class PromptsConfig(Section, frozen=True):
     path: NonEmpty = Field(
-        default=EMBEDDED, description="JSONL, CSV, parquet or text file, a datasets hub id, or 'embedded'"
+        default=EMBEDDED, description="JSONL, JSON, CSV, parquet or text file, a datasets hub id, or 'embedded'"
     )
-    field: NonEmpty = Field(default="prompt", description="column that holds the prompt")
+    form: Literal["text", "alpaca", "messages"] = Field(
+        default="text",
+        description="text: a column is the prompt; alpaca: instruction and input; messages: a conversation (also "
+        "sharegpt's), whose last answer becomes the column reference",
+    )
+    field: NonEmpty = Field(
+        default="prompt", description="column that holds the prompt; of messages also found as messages, conversations"
+    )
     split: NonEmpty = Field(default="train", description="split of a hub data set")
+    evaluation_path: NonEmpty | None = Field(
+        default=None, description="held-out prompts for monitor.evaluate_every, in the same form; null is none"
+    )
+    evaluation_split: NonEmpty = Field(default="test", description="split of evaluation_path where that is a hub id")
+    evaluation_fraction: Annotated[float, Field(ge=0, lt=1), _Number] = Field(
+        default=0.0, description="share of the different prompts of prompts.path that is held out instead"
+    )
     chat_template: bool = Field(
         default=False, description="wrap each prompt as a user's message in the tokenizer's chat template"
     )
@@ -98,10 +115,26 @@ class RewardConfig(Section, frozen=True):
         description="longest text in the reward model's tokens, of longer ones the beginning is lost; null refuses "
         "texts longer than its positions",
     )
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = Field(
+    function: FunctionName = Field(
         default="ppo_jax.rewards.sentiment:vader_compound",
-        description="module:function of (prompts, answers), two lists of texts, that returns one float per answer",
+        description="module:function of (prompts, answers), two lists of texts, or (prompts, answers, columns), that "
+        "returns one float per answer; not used where another source of scores is set",
     )
+    functions: dict[ScoreName, FunctionName] = Field(
+        default={}, description="several such functions by name, whose scores are summed"
+    )
+    weights: dict[ScoreName, FiniteFloat] = Field(
+        default={}, description="weight of each score by name in their sum; 1 where none is given"
+    )
+    time_limit_s: PositiveFloat | None = Field(
+        default=None, description="seconds after which scoring a batch has failed, whatever scores it; null is never"
+    )
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+        default=None, description="HTTP service that scores, JSON by POST; docs/reward_functions.md has the protocol"
+    )
+    http_batch_size: Positive = Field(default=64, description="answers in one request to reward.url")
+    timeout_s: PositiveFloat = Field(default=60.0, description="seconds for one request to reward.url")
+    retries: NonNegative = Field(default=3, description="how often a failed request to reward.url is sent again")
     normalise: Literal["none", "running", "batch"] = Field(
         default="none",
         description="scores minus their mean over their standard deviation: of the run so far, or of the batch",
@@ -254,6 +287,9 @@ class MonitorConfig(Section, frozen=True):
     )
     sample_every: NonNegative = Field(
         default=10, description="iterations between answers to the fixed prompts; 0 is off"
+    )
+    evaluate_every: NonNegative = Field(
+        default=0, description="iterations between answers to the held-out prompts of the prompts section; 0 is off"
     )
     tensorboard: bool = Field(default=True, description="write TensorBoard event files")
     wandb_project: NonEmpty | None = Field(

@@ -139,6 +139,7 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"({rollout.max_new_tokens})",
         )
     yield from _algorithm_misfits(config)
+    yield from _prompt_misfits(config)
     steps = config.run.iterations * config.optimizer_steps_per_iteration
     if update.warmup_steps >= steps > 0:
         yield (
@@ -216,6 +217,29 @@ def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("reward.soft_max_tokens", "rollout.max_new_tokens"),
             f"reward.soft_max_tokens ({reward.soft_max_tokens}) must be below rollout.max_new_tokens "
             f"({rollout.max_new_tokens})",
+        )
+
+
+def _prompt_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys of prompts and their evaluation that need or exclude each other."""
+    prompts = config.prompts
+    if prompts.form == "messages" and not prompts.chat_template:
+        yield (
+            ("prompts.form", "prompts.chat_template"),
+            "prompts.form (messages) needs prompts.chat_template true: a conversation is written as the tokenizer's "
+            "template says",
+        )
+    if prompts.evaluation_path is not None and prompts.evaluation_fraction > 0:
+        yield (
+            ("prompts.evaluation_path", "prompts.evaluation_fraction"),
+            f"prompts.evaluation_path ({prompts.evaluation_path}) and prompts.evaluation_fraction "
+            f"({prompts.evaluation_fraction:g}) exclude each other: one says what is held out",
+        )
+    if config.monitor.evaluate_every > 0 and prompts.evaluation_path is None and prompts.evaluation_fraction == 0:
+        yield (
+            ("monitor.evaluate_every", "prompts.evaluation_path", "prompts.evaluation_fraction"),
+            f"monitor.evaluate_every ({config.monitor.evaluate_every}) needs held-out prompts: set "
+            f"prompts.evaluation_path or prompts.evaluation_fraction",
         )
 
 

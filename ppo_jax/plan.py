@@ -16,7 +16,7 @@ from ppo_jax.config import Config
 from ppo_jax.models.decoder import Params, abstract_params, parameter_count
 from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.processes import is_lead
-from ppo_jax.prompts import load_prompts
+from ppo_jax.prompts import load_split
 from ppo_jax.records import Experience, Rollout
 from ppo_jax.rewards.classifier import open_reward_model
 from ppo_jax.run_directory import run_directory
@@ -29,12 +29,11 @@ def print_plan(config: Config, *, resume: bool) -> None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh.shape)
     run_directory(config, resume=resume)
-    if config.reward.model is None:
-        build.load_function(config.reward.function)
-    else:
+    build.open_reward(config.reward)
+    if config.reward.model is not None:
         open_reward_model(config.reward, ignored_config_fields=config.model.ignored_config_fields)
     model = build.open_model(config)
-    prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
+    prompts, _ = load_split(config.prompts, model.tokenizer, seed=config.run.seed)
     build.check_tokens(config, model, prompts)
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     longest = prompts.batch(0, len(prompts.texts)).tokens.shape[1]

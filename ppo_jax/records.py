@@ -5,7 +5,7 @@ Axes: N prompts, B answers (B = N x answers per prompt), P prompt tokens (left-p
 counts, masked positions hold 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class PromptBatch:
     texts: list[str]  # N prompts as the reward source sees them
     tokens: np.ndarray  # int32 [N, P], left-padded
     mask: np.ndarray  # bool [N, P], True on real prompt tokens
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # what else the source says of each prompt, N entries
 
 
 @struct.dataclass

@@ -9,7 +9,6 @@ nothing, so that every stage also runs on plain arrays.
 import math
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -66,11 +65,6 @@ def own_mesh(mesh: Mesh) -> Mesh:
     """The devices of a mesh that are this process's, rows and weights split over them: for work of its own."""
     devices = np.asarray(mesh.local_devices).reshape(1, -1, 1)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def no_mesh() -> AbstractContextManager[Any]:
-    """A user's code runs as if there were no mesh: what it computes with JAX stays on its own device and process."""
-    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 def check_batch(config: Config, mesh_shape: Mapping[str, int]) -> None:

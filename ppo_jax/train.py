@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import checkpoint, rollout, scoring, sharding, update
+from ppo_jax import checkpoint, evaluation, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
@@ -33,8 +33,9 @@ from ppo_jax.monitor.console import View, print_samples
 from ppo_jax.monitor.sinks import MetricsWriter
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
 from ppo_jax.processes import from_lead, together
+from ppo_jax.prompts import for_each_answer
 from ppo_jax.records import Experience, Rollout, TrainState
-from ppo_jax.rewards.source import audit, score_answers
+from ppo_jax.rewards.source import audit, score_answers, start_scoring
 from ppo_jax.tracing import bucket, compilations
 
 log = logging.getLogger("ppo_jax")
@@ -65,12 +66,9 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         own = (sharding.read_own_rows(run.mesh, x) for x in (answers.response_tokens, answers.response_mask))
         texts = tokenizer_texts(run.model.tokenizer, *own)
 
-    # 2. A reward source scores each answer.
-    with clock.phase("reward"), together("the reward"):
-        questions = [text for text in prompts.texts for _ in range(config.rollout.answers_per_prompt)]
-        with sharding.no_mesh():
-            scores = score_answers(run.reward, questions, texts)
-    seq_scores = sharding.place_rows(run.mesh, scores.astype(answers.behaviour_logprobs.dtype))  # [B]
+    # 2. A reward source scores each answer: on the host, in the background, while the device computes step 3.
+    questions, columns = for_each_answer(prompts, config.rollout.answers_per_prompt)
+    scores_when_done = start_scoring(run.reward, questions, texts, columns)
 
     # 3. The KL between the policy and the frozen reference, exact and sampled, over response tokens only.
     with clock.phase("score"):
@@ -86,6 +84,14 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             values=run.objective.values,
             bootstrap=config.critic.bootstrap_truncated,
         )
+        jax.block_until_ready(scored)
+    with clock.phase("reward_wait"), together("the reward"):
+        scores = scores_when_done()
+    with clock.phase("advantage"):
+        dtype = answers.behaviour_logprobs.dtype
+        seq_scores, named_scores = jax.tree.map(  # [B]
+            lambda x: sharding.place_rows(run.mesh, x.astype(dtype)), (scores.total, scores.named)
+        )
 
         # 4. Score and KL become the total reward, token by token.
         shaped_scores, score_moments = run.algorithm.shape_scores(state.score_moments, seq_scores, answers)  # [B]
@@ -98,6 +104,8 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             answers, scored, seq_scores, state.kl_coef, shaped_scores=shaped_scores, returns=returns
         )
         observed = metrics.to_host(measured)
+        if len(named_scores) > 1:
+            observed |= metrics.to_host(metrics.named_score_means(answers.response_mask, named_scores))
     if step == 0:
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
         lengths = jnp.sum(answers.response_mask, axis=1)
@@ -124,6 +132,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         stats = [metrics.to_host(stats) for stats in optimizer_steps]
     if step == 0:
         invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
+    observed |= {"time/reward_s": scores.seconds}
     return state, observed | update.summarise(stats) | clock.metrics(response_tokens=int(answers.response_mask.sum()))
 
 
@@ -162,6 +171,7 @@ def train(run: Run, state: TrainState) -> RunResult:
         warn(warnings_of(config))
         log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
         reference_digest = invariants.digest(run.ref_params)
+        evaluate = evaluation.against_sft(run, state, answer)
         for step in range(first_step, config.run.iterations):
             with save_on_failure(run, state):
                 if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
@@ -170,6 +180,9 @@ def train(run: Run, state: TrainState) -> RunResult:
                 next_state, numbers = ppo_iteration(run, state, clock)
             state = next_state
             invariants.assert_unmoved(run.ref_params, reference_digest)
+            if is_due(step + 1, config.monitor.evaluate_every):
+                with save_on_failure(run, state):
+                    numbers |= evaluate(state)
             writer.write(step, numbers)
             view.iteration(step, numbers)
             history.append({"step": step} | numbers)
@@ -251,9 +264,8 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
 
     def score_and_write() -> None:
         texts = tokenizer_texts(run.model.tokenizer, tokens, mask)
-        with sharding.no_mesh():
-            scores = score_answers(run.reward, prompts.texts, texts)
-        samples.append(run.directory, step, prompts.texts, texts, scores)
+        scores = score_answers(run.reward, prompts.texts, texts, prompts.columns)
+        samples.append(run.directory, step, prompts.texts, texts, scores.total)
 
     from_lead(score_and_write)
 

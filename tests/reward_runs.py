@@ -17,7 +17,7 @@ import jax
 from ppo_jax import processes, sharding
 from ppo_jax.config import MeshConfig, RewardConfig
 from ppo_jax.rewards.classifier import load_reward_model
-from ppo_jax.rewards.source import score_answers
+from ppo_jax.rewards.source import Reward, score_answers
 
 
 def texts_of(process: int) -> tuple[list[str], list[str]]:
@@ -32,8 +32,8 @@ def main(model: str, out: Path) -> None:
     index = jax.process_index()
     mesh = sharding.make_mesh(MeshConfig(fsdp=2))
     reward = load_reward_model(RewardConfig(model=model, model_batch_size=4), mesh, dtype="float32")
-    with jax.set_mesh(mesh), sharding.no_mesh():  # as step 2 calls it
-        scores = score_answers(reward, *texts_of(index))
+    with jax.set_mesh(mesh):
+        scores = score_answers(Reward({"model": reward}), *texts_of(index)).total
     found = {
         "scores": scores.tolist(),
         "devices": sorted({device.process_index for device in reward.mesh.devices.flat}),

@@ -62,7 +62,7 @@ MUTANTS = (
             "ppo_jax.checkpoint:newest",
             "list(steps.values())[-1]", "list(steps.values())[0]", trap=43),
     Planted("a NaN score is accepted", "tests/test_reward_source.py::test_a_score_that_is_no_finite_number_is_refused_with_its_answer",
-            "ppo_jax.rewards.source:score_answers",
+            "ppo_jax.rewards.source:checked_scores",
             "not abs(score) <= LARGEST_SCORE", "abs(score) > LARGEST_SCORE", trap=19),
     Planted("NaN equals NaN", "tests/test_parity.py::test_what_cannot_be_compared_is_a_failure",
             "parity.rows:max_difference",

@@ -73,6 +73,15 @@ def _critic_metrics(
     }
 
 
+@jax.jit
+def named_score_means(
+    response_mask: Bool[Array, "B T"], named_scores: dict[str, Float[Array, " B"]]
+) -> dict[str, Float[Array, ""]]:
+    """`score/NAME_mean` of every score that is part of the sum, before its weight."""
+    answered = jnp.any(response_mask, axis=1)
+    return {f"score/{name}_mean": masking.masked_mean(scores, answered) for name, scores in named_scores.items()}
+
+
 def to_host(numbers: dict[str, Array]) -> dict[str, float]:
     """Scalars as Python floats, in one transfer."""
     return {name: float(value) for name, value in jax.device_get(numbers).items()}

@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     ROLLOUT = 0
     SHUFFLE = 1
     FIXED_PROMPTS = 2
+    EVALUATION = 3
 
 
 def purpose_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> UInt32[Array, " key"]:

@@ -7,7 +7,7 @@ is not `pad_token_id` of its config.json, as in transformers' `...ForSequenceCla
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class RewardModel:
     mesh: jax.sharding.Mesh
     trunk: Params
     head: Params  # {"kernel": [D], "bias": []} of the chosen label
+    on_devices: ClassVar[bool] = True  # it computes on the run's devices: nothing else may start there meanwhile
 
     def __call__(self, prompts: list[str], answers: list[str]) -> list[float]:
         encoded = [self.encode(*pair) for pair in zip(prompts, answers, strict=True)]
