@@ -39,7 +39,12 @@ def publish(partial: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(final)
+        raise
     flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -4,6 +4,8 @@ It has everything imported and forks for every line of its input, a JSON object;
 The child goes on from the newest checkpoint of the "directory" and saves step after step. It dies by SIGKILL, either
 "after_s" seconds, or before the "at_event"th time that Python opens, makes, renames or removes something in the
 directory. With "at_event" it saves once and ends, if it lives.
+
+`python -m tests.checkpoint_writer DIRECTORY` is one of two processes that share the arrays and save when told to stop.
 """
 
 import itertools
@@ -14,10 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ppo_jax import checkpoint
+from ppo_jax import checkpoint, processes, sharding
+from ppo_jax.config import MeshConfig
+from ppo_jax.interruption import noted_signals
 from ppo_jax.ops.rewards import first_moments
 from ppo_jax.records import TrainState
 
@@ -89,6 +95,31 @@ def killed(directory: str, after_s: float = 0.0, at_event: int | None = None) ->
     return {"code": os.waitstatus_to_exitcode(status), "acknowledged": max(steps, default=0)}
 
 
+def share(leaf: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The same array, of which each process has its part of the first axis, or a copy where it does not divide."""
+    whole, split = np.asarray(leaf), leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
+    placed = NamedSharding(mesh, PartitionSpec("fsdp") if split else PartitionSpec())
+    return jax.make_array_from_callback(leaf.shape, placed, lambda index: whole[index])
+
+
+def until_told(directory: Path) -> None:
+    """One of two processes: the signal that one of them gets stops both, after the same step."""
+    processes.join()
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2))
+    with checkpoint.Checkpoints(directory, keep=KEEP) as checkpoints, noted_signals() as signal_so_far:
+        for step in itertools.count(1):
+            time.sleep(0.02)
+            if step == 20:
+                print("ready", flush=True)
+            if told := processes.from_any(signal_so_far()):
+                checkpoints.save(jax.tree.map(lambda leaf: share(leaf, mesh), state_of(step)))
+                checkpoints.finish()
+                print("saved", step, flush=True)
+                raise SystemExit(128 + told)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        until_told(Path(sys.argv[1]))
     for line in sys.stdin:
         print(json.dumps(killed(**json.loads(line))), flush=True)

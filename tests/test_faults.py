@@ -293,11 +293,14 @@ def score(prompts, answers):
 """
 
 
-def command(directory, *arguments, **environment):
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def command(directory, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "ppo_jax.train", *map(str, arguments)],
         cwd=directory,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment,
+        env=os.environ | FAST | {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -325,13 +328,15 @@ def recipe(tiny_model, tmp_path):
 
 
 def test_a_run_that_is_killed_and_stopped_again_and_again_ends_where_the_unbroken_one_ends(recipe):
-    unbroken = command(recipe, "--config", "recipe.yaml", "--run.dir", "whole")
+    with command(recipe, "--config", "recipe.yaml", "--run.dir", "whole") as process:
+        said = process.communicate(timeout=500)[0]
+        assert process.returncode == 0, said
     arguments, file = ("--config", "recipe.yaml", "--run.dir", "parts"), recipe / "parts" / "metrics.jsonl"
-    for rows, number in ((2, signal.SIGKILL), (4, signal.SIGTERM), (6, signal.SIGINT)):
+    # With the third row the first checkpoint is on the disk: the second save has waited for it.
+    for more, number in ((3, signal.SIGKILL), (1, signal.SIGTERM), (1, signal.SIGINT)):
+        rows = len(read_rows(file)) + more
         with command(recipe, *arguments) as process:
             wait_for_rows(file, rows, process)
-            with pytest.raises(UserError, match=f"in use by process {process.pid} "):
-                ppo_jax.fine_tune(resume=recipe / "parts")
             process.send_signal(number)
             said = process.communicate(timeout=300)[0]
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), said
@@ -340,11 +345,12 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_where_the_unbroke
             assert saved == len(read_rows(file)) >= rows
             assert f"step_{saved:08d}; --resume {recipe / 'parts'} continues" in " ".join(said.split())
             assert "Traceback" not in said
+        with RunLock(recipe / "parts"), pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+            ppo_jax.fine_tune(resume=recipe / "parts")
         arguments = ("--resume", "parts")
     with command(recipe, *arguments) as process:
-        assert process.wait(timeout=300) == 0, process.stdout.read()
-    assert unbroken.wait(timeout=300) == 0, unbroken.stdout.read()
-    unbroken.stdout.close()
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
     whole, parts = ((recipe / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert parts == whole
     whole, parts = (
@@ -358,20 +364,29 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_where_the_unbroke
     assert [row["step"] for row in whole] == list(range(9))
 
 
-def test_a_signal_to_one_process_of_two_stops_both_after_the_same_iteration(recipe):
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_what_two_save_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    arguments = ("--config", "recipe.yaml", "--run.dir", "run", "--distributed", "--checkpoint.save_every", 0)
-    processes = [command(recipe, *arguments, **joined, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.checkpoint_writer", tmp_path / "checkpoints"],
+            env=os.environ | joined | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
     try:
-        wait_for_rows(recipe / "run" / "metrics.jsonl", 1, processes[0])
+        for process in processes:
+            assert "ready\n" in iter(process.stdout.readline, "")  # the collectives' library speaks first
         processes[1].send_signal(signal.SIGTERM)
-        said = [process.communicate(timeout=300)[0] for process in processes]
+        saved = [process.communicate(timeout=100)[0] for process in processes]
     finally:
         for process in processes:
             with process:
                 process.kill()
-    assert [process.returncode for process in processes] == [143, 143], "\n----\n".join(said)
-    [saved] = checkpoint.saved_steps(recipe / "run" / "checkpoints")
-    assert saved == len(read_rows(recipe / "run" / "metrics.jsonl")) < 9
+    assert [process.returncode for process in processes] == [143, 143]
+    [step] = checkpoint.saved_steps(tmp_path / "checkpoints")
+    assert saved == [f"saved {step}\n"] * 2
+    assert restored_step(tmp_path / "checkpoints") == step > 20
