@@ -65,8 +65,8 @@ def main() -> None:
     for way, stall in stalls.items():
         call = statistics.median(alone for _, alone in seconds[way])
         print(
-            f"{way}: the call takes {call:.3f} s, {call / median['none']:.1%} of an iteration; all in all the iteration "
-            f"takes {stall:+.3f} s, {stall / median['none']:+.1%}"
+            f"{way}: the call takes {call:.3f} s, {call / median['none']:.1%} of an iteration; all in all an "
+            f"iteration takes {stall:+.3f} s, {stall / median['none']:+.1%}"
         )
     print(f"behind / waited for: {stalls['behind'] / stalls['waited for']:.2f}")
 
