@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
@@ -29,12 +30,21 @@ from tests.test_train import SMALL, run
 from tests.tiny import PROMPTS
 
 
+@contextmanager
+def python(*arguments, **options):
+    """A process that does not outlive its test."""
+    words = [sys.executable, *map(str, arguments)]
+    with subprocess.Popen(words, **({"stdout": subprocess.PIPE, "text": True} | options)) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def writer():
     """Asks the process of `checkpoint_writer` to start a writer and to kill it."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.checkpoint_writer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with python("-m", "tests.checkpoint_writer", stdin=subprocess.PIPE) as process:
 
         def ask(**request):
             process.stdin.write(json.dumps({k: str(v) if k == "directory" else v for k, v in request.items()}) + "\n")
@@ -42,7 +52,6 @@ def writer():
             return json.loads(process.stdout.readline())
 
         yield ask
-        process.stdin.close()
 
 
 def restored_step(directory):
@@ -85,7 +94,9 @@ def kill_at_events(writer, tmp_path, events):
         shutil.copytree(tmp_path / "before", directory)
         code = writer(directory=directory, at_event=event)["code"]
         assert code in (0, -signal.SIGKILL)
-        found.append((code, restored_step(directory), len(checkpoint.saved_steps(directory))))
+        saved = checkpoint.saved_steps(directory)
+        assert all(checkpoint.verified(path) for path in saved.values())
+        found.append((code, restored_step(directory), len(saved)))
         with checkpoint.Checkpoints(directory, keep=1) as checkpoints:
             checkpoints.save(state_of(9))
             checkpoints.finish()
@@ -108,7 +119,7 @@ def test_a_save_that_is_killed_before_every_one_of_its_events_is_undone_or_done(
     assert {(step, saved) for _, step, saved in found} == {(2, 2), (3, 3), (3, 2)}
 
 
-def test_a_disk_that_refuses_bytes_in_the_middle_of_a_file_keeps_the_checkpoint_before(tmp_path, capfd):
+def test_a_disk_that_refuses_bytes_in_the_middle_of_a_file_keeps_the_checkpoint_before(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state_of(1))
@@ -124,7 +135,7 @@ def test_a_disk_that_refuses_bytes_in_the_middle_of_a_file_keeps_the_checkpoint_
         checkpoints.save(state_of(3))
         checkpoints.finish()
     assert restored_step(tmp_path) == 3
-    assert "Traceback" not in capfd.readouterr().err
+    assert caplog.messages == []  # orbax would log it three times over, with tracebacks
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC])
@@ -195,7 +206,7 @@ time.sleep(600)
 
 
 def test_a_run_directory_is_locked_by_one_process_until_it_dies(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+    with python("-c", HOLDER, tmp_path) as holder:
         assert holder.stdout.readline() == "held\n"
         lock = RunLock(tmp_path)
         with pytest.raises(UserError, match=f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}"):
@@ -248,15 +259,11 @@ print("finished", signal_so_far(), flush=True)
 """
 
 
+@contextmanager
 def busy(iterations):
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.replace("ITERATIONS", str(iterations))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "busy\n"
-    return process
+    with python("-c", BUSY.replace("ITERATIONS", str(iterations)), stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "busy\n"
+        yield process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -297,14 +304,8 @@ FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE
 
 
 def command(directory, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "ppo_jax.train", *map(str, arguments)],
-        cwd=directory,
-        env=os.environ | FAST | {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = os.environ | FAST | {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache")}
+    return python("-m", "ppo_jax.train", *arguments, cwd=directory, env=environment, stderr=subprocess.STDOUT)
 
 
 def wait_for_rows(file, count, process):
@@ -368,24 +369,22 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_what_two_sav
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.checkpoint_writer", tmp_path / "checkpoints"],
-            env=os.environ | joined | {"JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                python(
+                    "-m",
+                    "tests.checkpoint_writer",
+                    tmp_path / "checkpoints",
+                    env=os.environ | joined | {"JAX_PROCESS_ID": str(index)},
+                )
+            )
+            for index in range(2)
+        ]
         for process in processes:
             assert "ready\n" in iter(process.stdout.readline, "")  # the collectives' library speaks first
         processes[1].send_signal(signal.SIGTERM)
         saved = [process.communicate(timeout=100)[0] for process in processes]
-    finally:
-        for process in processes:
-            with process:
-                process.kill()
     assert [process.returncode for process in processes] == [143, 143]
     [step] = checkpoint.saved_steps(tmp_path / "checkpoints")
     assert saved == [f"saved {step}\n"] * 2
