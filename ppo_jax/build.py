@@ -31,7 +31,8 @@ from ppo_jax.records import TrainState
 from ppo_jax.rewards.classifier import load_reward_model
 from ppo_jax.rewards.source import Reward, RewardFunction, open_reward
 from ppo_jax.rollout import Endings, Sampling
-from ppo_jax.run_directory import check_reference, check_resumable, run_directory, write_description
+from ppo_jax.run_directory import check_reference, check_resumable, check_unused, run_directory, write_description
+from ppo_jax.run_lock import RunLock
 from ppo_jax.stop_strings import stop_table
 from ppo_jax.update import Objective
 
@@ -42,6 +43,7 @@ class Run:
 
     config: Config
     directory: Path
+    lock: RunLock  # on the directory, held since it was first written or read
     mesh: jax.sharding.Mesh
     model: ModelDirectory
     ref_params: Params  # frozen, in the compute dtype
@@ -68,11 +70,28 @@ def build(
     resume: bool = False,
 ) -> tuple[Run, TrainState]:
     """Load and check everything, then make the run directory. Nothing is written before all checks have passed."""
+    lock = RunLock(Path(from_lead(lambda: str(run_directory(config, resume=resume)))))
+    try:
+        return _build(config, lock, reward=reward, prompts=prompts, resume=resume)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _build(
+    config: Config,
+    lock: RunLock,
+    *,
+    reward: RewardFunction | None,
+    prompts: Sequence[str] | None,
+    resume: bool,
+) -> tuple[Run, TrainState]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh.shape)
-    directory = Path(from_lead(lambda: str(run_directory(config, resume=resume))))
+    directory = lock.directory
     from_python = [name for name, given in (("reward", reward), ("prompts", prompts)) if given is not None]
     if resume:
+        lock.acquire()
         check_resumable(directory, from_python)
     check_sinks(config.monitor)
     model = open_model(config)
@@ -90,6 +109,7 @@ def build(
     run = Run(
         config=config,
         directory=directory,
+        lock=lock,
         mesh=mesh,
         model=model,
         ref_params=ref_params,
@@ -108,10 +128,13 @@ def build(
         check_reference(directory, reference_digest)
         # In the places of this run's mesh, whichever mesh it was saved on.
         like = sharding.abstract(mesh, jax.eval_shape(start, initial | critic))
-        state = checkpoint.restore_newest(directory / "checkpoints", like)
+        state = checkpoint.restore_newest(directory / "checkpoints", like, strict=config.checkpoint.strict)
     else:
         with jax.set_mesh(mesh):
             state = start(initial | critic)
+    if not resume:
+        lock.acquire()
+        from_lead(partial(check_unused, directory))  # another may have begun there while the model was loaded
     from_lead(partial(write_description, directory, config, reference_digest, from_python))
     return run, state
 

@@ -17,7 +17,8 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exit code 0 when the run ended as configured, 2 for anything the user can mend, 130 when interrupted."""
+    """Exit code 0 when the run ended as configured, 2 for anything the user can mend, 130 and 143 (128 + the signal)
+    when Ctrl-C or SIGTERM ended it."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -300,6 +300,12 @@ class MonitorConfig(Section, frozen=True):
 class CheckpointConfig(Section, frozen=True):
     save_every: NonNegative = Field(default=0, description="iterations between checkpoints; 0 saves none")
     keep: Positive = Field(default=2, description="how many of the newest checkpoints stay")
+    keep_best: bool = Field(
+        default=False, description="that of the policy whose answers had the highest reward/mean stays too"
+    )
+    strict: bool = Field(
+        default=False, description="a damaged checkpoint stops --resume, which else falls back to the one before it"
+    )
 
 
 class MeshConfig(Section, frozen=True):

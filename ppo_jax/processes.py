@@ -70,6 +70,11 @@ def from_lead(decide: Callable[[], Decision]) -> Decision:
     return outcome["decision"]
 
 
+def from_any(number: int) -> int:
+    """The largest of the numbers that the processes have: a signal reaches one of them first."""
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """Work of the host that every process does for itself: when it fails in one, it fails in all of them."""

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 import ppo_jax
-from ppo_jax import checkpoint
+from ppo_jax import checkpoint, durable
 from ppo_jax.config import Config
 from ppo_jax.errors import UserError
+from ppo_jax.run_lock import FILE as LOCK_FILE
 
 DESCRIPTION = "versions.json"
 WATCHED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "orbax-checkpoint")
@@ -22,16 +23,23 @@ def run_directory(config: Config, *, resume: bool) -> Path:
     """Where the run lives; one that holds another run is refused unless that run is resumed."""
     name = config.run.dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     directory = Path(name).expanduser().absolute()
-    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"run.dir: {directory} is there already and not empty; choose another, or continue it with --resume {name}"
-        )
+    if not resume:
+        check_unused(directory)
     return directory
+
+
+def check_unused(directory: Path) -> None:
+    """Refuse to write over what is there; a lock is all that a run that failed at its start leaves."""
+    if directory.exists() and (not directory.is_dir() or any(path.name != LOCK_FILE for path in directory.iterdir())):
+        raise UserError(
+            f"run.dir: {directory} is there already and not empty; choose another, or continue it with --resume "
+            f"{directory}"
+        )
 
 
 def check_resumable(directory: Path, from_python: list[str]) -> None:
     """What can be refused before the model loads: no checkpoint, or a reward or prompts that only Python can give."""
-    checkpoint.newest(directory / "checkpoints")
+    checkpoint.check_saved(directory / "checkpoints")
     missing = sorted(set(_description(directory).get("from_python", [])) - set(from_python))
     if missing:
         raise UserError(
@@ -59,9 +67,9 @@ def write_description(directory: Path, config: Config, reference_digest: str, fr
     """`config.yaml` as resolved, and what it was run with."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        durable.write_text(directory / "config.yaml", config.to_yaml())
         described = versions() | {"reference_digest": reference_digest, "from_python": from_python}
-        (directory / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        durable.write_text(directory / DESCRIPTION, json.dumps(described, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from error
 

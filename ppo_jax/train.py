@@ -12,7 +12,8 @@ that name: `rollout`, `rewards`, `scoring`, `ops`, `update`; which functions the
 """
 
 import logging
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,18 +22,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import checkpoint, evaluation, rollout, scoring, sharding, update
+from ppo_jax import evaluation, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
+from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
+from ppo_jax.interruption import noted_signals
 from ppo_jax.models.critic import split_critic
 from ppo_jax.models.hf_io import save_model
 from ppo_jax.monitor import invariants, metrics, samples
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.console import View, print_samples
-from ppo_jax.monitor.sinks import MetricsWriter
+from ppo_jax.monitor.sinks import MetricsWriter, read_rows
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
-from ppo_jax.processes import from_lead, together
+from ppo_jax.processes import from_any, from_lead, together
 from ppo_jax.prompts import for_each_answer
 from ppo_jax.records import Experience, Rollout, TrainState
 from ppo_jax.rewards.source import audit, score_answers, start_scoring
@@ -160,7 +163,20 @@ def answer(
 
 
 def train(run: Run, state: TrainState) -> RunResult:
-    """Run the remaining iterations and export the policy. `state` is consumed."""
+    """Run the remaining iterations and export the policy. `state` is consumed.
+
+    On SIGTERM or Ctrl-C the iteration is finished and saved, and SystemExit raised with 128 + the signal's number.
+    """
+    keep, keep_best = run.config.checkpoint.keep, run.config.checkpoint.keep_best
+    with (
+        run.lock,
+        Checkpoints(run.directory / "checkpoints", keep=keep, keep_best=keep_best) as checkpoints,
+        noted_signals() as signal_so_far,
+    ):
+        return _train(run, state, checkpoints, signal_so_far)
+
+
+def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far: Callable[[], int]) -> RunResult:
     config, first_step = run.config, int(state.step)
     history, stop_reason, clock = [], f"all {config.run.iterations} iterations are done", PhaseClock()
     with (
@@ -172,8 +188,9 @@ def train(run: Run, state: TrainState) -> RunResult:
         log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
         reference_digest = invariants.digest(run.ref_params)
         evaluate = evaluation.against_sft(run, state, answer)
+        checkpoints.rewards |= {row["step"]: row["reward/mean"] for row in read_rows(run.directory / "metrics.jsonl")}
         for step in range(first_step, config.run.iterations):
-            with save_on_failure(run, state):
+            with save_on_failure(run, state, checkpoints):
                 if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
                     answer_fixed_prompts(run, state)
                 clock.restart()
@@ -181,25 +198,28 @@ def train(run: Run, state: TrainState) -> RunResult:
             state = next_state
             invariants.assert_unmoved(run.ref_params, reference_digest)
             if is_due(step + 1, config.monitor.evaluate_every):
-                with save_on_failure(run, state):
+                with save_on_failure(run, state, checkpoints):
                     numbers |= evaluate(state)
             writer.write(step, numbers)
             view.iteration(step, numbers)
             history.append({"step": step} | numbers)
+            checkpoints.rewards[step] = numbers["reward/mean"]
             if is_due(step + 1, config.checkpoint.save_every):
-                checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
-            stop_if_not_finite(run, state, numbers)
+                checkpoints.save(state)
+            stop_if_not_finite(run, state, checkpoints, numbers)
+            stop_if_told(run, state, checkpoints, from_any(signal_so_far()))
             if reason := limit_reached(run, numbers, clock):
                 stop_reason = reason
                 break
-        with save_on_failure(run, state):
+        with save_on_failure(run, state, checkpoints):
             answer_fixed_prompts(run, state)
         log.info("stopped: %s; compilations: %s", stop_reason, dict(compilations))
     if config.checkpoint.save_every:
-        checkpoint.save(run.directory / "checkpoints", state, keep=config.checkpoint.keep)
+        checkpoints.save(state)
     policy_directory = run.directory / "policy"
     policy = sharding.read_on_lead(run.mesh, split_critic(state.params)[0])
     from_lead(lambda: save_model(policy_directory, run.model, policy, dtype=config.model.export_dtype))
+    checkpoints.finish()
     from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
     return RunResult(run.directory, policy_directory, history, state, stop_reason)
 
@@ -213,19 +233,27 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def stop_if_not_finite(run: Run, state: TrainState, numbers: dict[str, Any]) -> None:
+def stop_if_not_finite(run: Run, state: TrainState, checkpoints: Checkpoints, numbers: dict[str, Any]) -> None:
     """A loss or gradient that is not finite ends the run; the parameters, untouched by that step, are saved."""
     if numbers["update/skipped_steps"] > 0:
-        saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
+        saved = save_now(state, checkpoints)
         raise UserError(
             f"the loss or the gradient of {numbers['update/skipped_steps']:.0f} optimizer steps was not finite after "
-            f"iteration {int(state.step) - 1}; those steps were skipped and the state is in {saved}. Look for extreme "
-            f"scores or ratios in {run.directory / 'metrics.jsonl'}; a new run may need a lower update.learning_rate"
+            f"iteration {int(state.step) - 1}; those steps were skipped, the state is {saved}. Look for extreme scores "
+            f"or ratios in {run.directory / 'metrics.jsonl'}; a new run may need a lower update.learning_rate"
         )
 
 
+def stop_if_told(run: Run, state: TrainState, checkpoints: Checkpoints, signal_number: int) -> None:
+    """A signal ends the run after the iteration that it came in, saved; the exit code is what schedulers expect."""
+    if signal_number:
+        name, saved = signal.Signals(signal_number).name, save_now(state, checkpoints)
+        log.warning("%s: stopped; the finished iteration is %s; --resume %s continues", name, saved, run.directory)
+        raise SystemExit(128 + signal_number)
+
+
 @contextmanager
-def save_on_failure(run: Run, state: TrainState) -> Iterator[None]:
+def save_on_failure(run: Run, state: TrainState, checkpoints: Checkpoints) -> Iterator[None]:
     """Checkpoint the last finished iteration when what follows fails, unless its buffers are already given up."""
     try:
         yield
@@ -234,9 +262,19 @@ def save_on_failure(run: Run, state: TrainState) -> Iterator[None]:
         # Saving takes all processes, and only what a user can mend is known to have ended all of them.
         all_ended = isinstance(error, UserError) or jax.process_count() == 1
         if all_ended and not given_up and int(state.step) > 0:
-            saved = checkpoint.save(run.directory / "checkpoints", state, keep=run.config.checkpoint.keep)
-            log.warning("the last finished iteration is saved in %s; --resume %s continues", saved, run.directory)
+            saved = save_now(state, checkpoints)
+            log.warning("the last finished iteration is %s; --resume %s continues", saved, run.directory)
         raise
+
+
+def save_now(state: TrainState, checkpoints: Checkpoints) -> str:
+    """Save and wait: where the state is, or why it is not."""
+    path = checkpoints.save(state)
+    try:
+        checkpoints.finish()
+    except UserError as failure:
+        return f"not saved: {failure}"
+    return f"saved in {path}"
 
 
 def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str | None:

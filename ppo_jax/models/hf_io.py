@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ppo_jax import durable
 from ppo_jax.errors import UserError
 from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params
 from ppo_jax.models.families import FAMILIES, Tensor, family_of, spec_of, tensors_of, unsupported
@@ -269,7 +270,16 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_model(partial, model, params, dtype=dtype)
+        durable.publish(partial, directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"the model could not be written to {directory}: {error}") from error
+
+
+def _write_model(partial: Path, model: ModelDirectory, params: Params, *, dtype) -> None:
     _save_shards(partial, export_tensors(model.config, model.spec, params, dtype))
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
@@ -282,8 +292,6 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     mode = (partial / "config.json").stat().st_mode
     for weights in partial.glob("*.safetensors"):
         weights.chmod(mode)  # safetensors makes files that nobody else, such as a server, may read
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
 
 
 def _save_shards(directory: Path, tensors: dict[str, np.ndarray]) -> None:

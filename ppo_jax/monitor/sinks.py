@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+from ppo_jax import durable
 from ppo_jax.config import MonitorConfig
 from ppo_jax.errors import UserError
 from ppo_jax.processes import is_lead
@@ -14,7 +16,7 @@ log = logging.getLogger("ppo_jax")
 
 
 class MetricsWriter:
-    """One object per iteration in `metrics.jsonl`, flushed at once, and the same numbers to the other sinks.
+    """One object per iteration in `metrics.jsonl`, on the disk at once, and the same numbers to the other sinks.
 
     Of several processes only process 0 writes; the numbers are the same in all.
     """
@@ -35,6 +37,7 @@ class MetricsWriter:
         if self._file is not None:
             self._file.write(json.dumps({"step": step} | metrics) + "\n")
             self._file.flush()
+            os.fsync(self._file.fileno())  # no row may be lost whose checkpoint is not
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -58,20 +61,27 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """Objects of a JSONL file, none when it is not there; a last line that a killed process left torn is dropped."""
     if not file.is_file():
         return []
-    *lines, last = file.read_text(encoding="utf-8").split("\n")  # not splitlines: an answer may hold U+2028
-    rows = [json.loads(line) for line in lines if line]
+    *lines, last = file.read_bytes().split(b"\n")  # not splitlines of a text: an answer may hold U+2028
     if last:
         log.warning("warning: %s ends in a torn line, which is dropped", file)
-    return rows
+    return [_row(file, number, line) for number, line in enumerate(lines, 1) if line]
+
+
+def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError("no object with a step")
+        return row
+    except ValueError as error:
+        raise UserError(f"{file}:{number} is damaged ({error}); remove this line to continue without it") from error
 
 
 def open_from(file: Path, first_step: int):
     """A JSONL file open for appending, holding only rows of earlier steps: a resumed run writes no step twice."""
     kept = [row for row in read_rows(file) if row["step"] < first_step]
     if file.is_file():
-        rewritten = file.with_name(file.name + ".partial")
-        rewritten.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-        rewritten.replace(file)
+        durable.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return file.open("a", encoding="utf-8")
 
 
