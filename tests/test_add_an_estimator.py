@@ -39,7 +39,9 @@ def run(directory, *command, **options):
 
 def test_the_page_adds_an_estimator_that_holds_its_claims(tmp_path):
     for package in ("ppo_jax", "ppo_torch_ref", "parity"):
-        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+        shutil.copytree(
+            REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("assets", "__pycache__")
+        )
     run(tmp_path, "git", "apply", "-", input=diffs())
     assert run(tmp_path, sys.executable, "-c", CHECK).splitlines() == [
         f"{stack}: {form}, to go, B = 2: holds" for stack in ("JAX", "PyTorch") for form in ("k1", "exact")

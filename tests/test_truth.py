@@ -292,11 +292,13 @@ IN_THE_LOSS = ("a penalty on entropy", "an upper bound below 1", "a dual clip be
 
 @pytest.fixture
 def fresh_programs(request):
-    """What the factory and JAX keep of the functions as they were, or as a mutant has made them."""
+    """Drop what is kept of the functions as they were, or as a mutant has made them."""
 
     def forget():
         algorithm._constant_weights.cache_clear()
         jax_stages.batch_program.cache_clear()
+        if request.node.callspec.params["mutant"] == "EOS outside of the mask":
+            training.random_pair.cache_clear()
         if request.node.callspec.params["mutant"] in IN_THE_LOSS:
             algorithm.pick_policy_loss.cache_clear()
             jax_stages._update_gradient.clear_cache()

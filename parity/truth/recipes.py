@@ -8,7 +8,7 @@ all between scoring and the update sees one batch at a time.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -84,6 +84,7 @@ class Models(NamedTuple):
     critic: dict[str, Params]  # trunk and head: a function of the tokens so far, and no good as their value
 
 
+@cache
 def random_models(pair: int) -> Models:
     rng = np.random.default_rng(pair)
     head = {"kernel": jnp.asarray(rng.normal(size=SPEC.width)), "bias": jnp.asarray(rng.normal())}

@@ -3,10 +3,11 @@
 A claim is a recipe and the truth that it is held against; `forms` and `terms` have them all.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -77,19 +78,15 @@ def rows_of(part: str, claims: Sequence[Claim], *, pairs: int, torch_pairs: int)
     """One row per claim and stack."""
     for stack, stages, count in (("JAX", JaxStages, pairs), ("PyTorch", TorchStages, torch_pairs)):
         errors: dict[str, list[float]] = {claim.name: [] for claim in claims}
-        for seed in range(count):
-            known: dict[int, Pair] = {}
-            for claim in claims:
-                longest = claim.recipe.longest
-                if longest not in known:
-                    known[longest] = _random_pair(stages, longest, seed)
-                errors[claim.name].append(_error(claim, known[longest]))
+        for seed, claim in itertools.product(range(count), claims):
+            errors[claim.name].append(_error(claim, random_pair(stages, claim.recipe.longest, seed)))
         for claim in claims:
             floor = FLOOR if claim.factor is None else None
             yield row_of(part, claim.name, stack, errors[claim.name], factor=claim.printed_factor, floor=floor)
 
 
-def _random_pair(stages: Callable[[Answers, int], Stages], longest: int, seed: int) -> Pair:
+@cache
+def random_pair(stages: Callable[[Answers, int], Stages], longest: int, seed: int) -> Pair:
     answers = all_answers(longest)
     return Pair(stages(answers, seed), answers, np.random.default_rng(seed).normal(size=len(answers.tokens)))
 
