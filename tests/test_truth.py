@@ -107,10 +107,6 @@ def of_all_tokens(right):
     return lambda mask, *, dtype: right(mask | ~mask, dtype=dtype)
 
 
-def of_one_less(right):
-    return lambda lengths, **settings: right(lengths - 1.0, **settings)
-
-
 # The name in either stack, what becomes of the function, and the claims that break, by part.
 MUTANTS = {
     "score on the first token": (
@@ -231,14 +227,17 @@ MUTANTS = {
         lambda right: lambda ended, **settings: right(~ended, **settings),
         {"F": ["missing EOS: s − penalty"]},
     ),
-    "too short without the EOS": (
+    # One token less everywhere would be the same penalty on all, which no baseline lets through.
+    "long enough a token early": (
         [(rewards, "too_short_penalty"), (shaping, "too_short_penalty")],
-        of_one_less,
+        lambda right: (
+            lambda lengths, *, min_tokens, penalty: right(lengths, min_tokens=min_tokens - 1, penalty=penalty)
+        ),
         {"F": ["too short: s − penalty"]},
     ),
     "too long without the EOS": (
         [(rewards, "too_long_penalty"), (shaping, "too_long_penalty")],
-        of_one_less,
+        lambda right: lambda lengths, **settings: right(lengths - 1.0, **settings),
         {"F": ["too long: s − penalty"]},
     ),
     "a wider clip": (
