@@ -63,7 +63,7 @@ def score(
 
     def score_answers(answers):
         (policy, reference), answers = gather_again((params, ref_params), answers)
-        *sequences, truncated = answers
+        sequences, truncated = answers[:-1], answers[-1]
         _, _, response_tokens, response_mask = sequences
 
         def score_rows(hidden, ref_hidden, tokens):

@@ -1,7 +1,7 @@
 """`python -m parity.truth`: expected gradients against true ones, every answer and every batch listed, in float64.
 
-Four tables, what each shows under it; exit code 1 if a claim fails. Forms that are known to be biased are run too: that
-they are found to be so shows that the method sees it.
+Eight tables, what each shows under it; exit code 1 if a claim fails. Forms that are known to be biased are run too:
+that they are found to be so shows that the method sees it.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from parity.truth import estimators, training
+from parity.truth import estimators, forms, terms, training
 from parity.truth.claims import BOUND, FLOOR, Row
-from parity.truth.enumeration import minus_expected_score, seq_kl
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,49 @@ PARTS = {
         "Estimators of the KL: expected gradient against that of the KL of whole answers",
         "k1 belongs in the reward, an exact KL in the reward and in the loss. k2, k3 and either half of the exact form"
         " are biased by an amount that depends on the policy; k1 in the loss has no expected gradient at all.",
-        partial(estimators.rows_of, "A", estimators.OF_KL, seq_kl),
+        partial(estimators.rows_of, "A", estimators.OF_KL),
     ),
     "B": Part(
         "PPO's loss at ratio 1: expected gradient against that of −E[s]",
         "It is the policy gradient. What is subtracted from the score changes nothing as long as it does not look at"
         " the chosen token; looking at it is a bias, and so are wrong values where λ < 1.",
-        partial(estimators.rows_of, "B", estimators.OF_SCORE, minus_expected_score),
+        partial(estimators.rows_of, "B", estimators.OF_SCORE),
     ),
     "C": Part(
         "Forms as trained, whole batches: expected gradient against that of −E[s] + β KL",
         "Both forms of the penalty are exact. A batch mean shrinks what it centres by 1 − 1/B, which is wrong beside a"
         " KL in the loss. Whitening follows another aim: for B = 2, the rate of winning against another answer.",
-        partial(training.rows_of, "C", training.OF_FORMS),
+        partial(training.rows_of, "C", forms.OF_FORMS),
     ),
     "D": Part(
         "Normalisers, B = 2: expected gradient against that of −E[s] + β KL, and of weighted answers",
         "Only the constant follows the objective. The sequence mean weighs an answer by 1 / length, the token mean by"
         " 1 / tokens of its batch, so by its neighbour's length too; each is exactly the gradient with those weights.",
-        partial(training.rows_of, "D", training.OF_NORMALISERS),
+        partial(training.rows_of, "D", forms.OF_NORMALISERS),
+    ),
+    "E": Part(
+        "Groups and critics: expected gradient against that of −E[s] + β KL",
+        "The answers to one prompt are a batch of their own, with the factors of one. A critic may be wrong where λ and"
+        " the discount are 1; else its errors are in the gradient, and so is its own loss where it shares the trunk.",
+        partial(training.rows_of, "E", forms.OF_GROUPS + forms.OF_CRITICS),
+    ),
+    "F": Part(
+        "Shaped scores: expected gradient against that of −E[s] + β KL, s shaped where the row says so",
+        "Penalties and clipping are another score. So is dividing by the moments of earlier scores, once this batch"
+        " does not move them; a batch that divides by its own moments follows no score.",
+        partial(training.rows_of, "F", forms.OF_SHAPING),
+    ),
+    "G": Part(
+        "Terms of a loss: expected gradient against that of a sum over the visited states, the visits held constant",
+        "A term of the loss pulls where the policy has been; where that leads is not in it. GRPO's k3 pulls toward the"
+        " KL the other way round.",
+        partial(estimators.rows_of, "G", estimators.OF_STATES),
+    ),
+    "H": Part(
+        "Further terms and weights, B = 2: expected gradient against what the row says, or that of −E[s] + β KL",
+        "At ratio 1 every clipping is the same. A weight per token is not the ratio of whole answers, and does not make"
+        " up for answers that another policy has drawn.",
+        partial(training.rows_of, "H", terms.OF_TERMS),
     ),
 }
 

@@ -1,143 +1,168 @@
 """The stages of `ppo_jax`, run on every possible batch (see `recipes`)."""
 
 from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity.truth.enumeration import CLIP_EPS, KL_COEF, LENGTH, TEMPERATURE, Answers, Objective
-from parity.truth.recipes import SPEC, Recipe, batch_probabilities, random_params
+from parity.truth.enumeration import TEMPERATURE, Answers
+from parity.truth.objectives import KL_COEF, Listed, Objective, list_answers, token_logprobs
+from parity.truth.recipes import (
+    EARLIER_MEAN,
+    EARLIER_VARIANCE,
+    SPEC,
+    Recipe,
+    batch_probabilities,
+    random_models,
+)
 from ppo_jax import algorithm, scoring, update
-from ppo_jax.config import Config
-from ppo_jax.config_file import load
+from ppo_jax.models.critic import split_critic
 from ppo_jax.models.decoder import Params, head_logits, response_hidden
-from ppo_jax.records import Experience, Rollout
+from ppo_jax.ops import losses
+from ppo_jax.ops.rewards import ScoreMoments
+from ppo_jax.records import EOS, TRUNCATED, Experience, Rollout
 
 
 class JaxStages:
     def __init__(self, answers: Answers, pair: int):
-        self.answers = answers
-        self.params, self.ref_params = random_params(2 * pair), random_params(2 * pair + 1)
-        self.log_p, self.log_q = (
-            np.asarray(_seq_logprobs(params, answers)) for params in (self.params, self.ref_params)
+        self.answers, self.models = answers, random_models(pair)
+        self.token_log_p, self.token_log_q, of_another = (
+            _token_log_probs(params, answers)
+            for params in (self.models.policy, self.models.reference, self.models.another)
         )
+        of_policy, of_another = self._list_answers(self.token_log_p), self._list_answers(of_another)
+        self.log_p, self.log_q, self.log_another = map(np.asarray, (of_policy.log_p, of_policy.log_q, of_another.log_p))
+        self.logprobs, self.logprobs_of_another = (token_logprobs(x, answers.one_hot) for x in (of_policy, of_another))
+        self.cut_values = np.asarray(_cut_values(self.models.critic, answers))
+
+    def _list_answers(self, token_log_p: jax.Array) -> Listed:
+        return list_answers(jnp.exp, jax.lax.stop_gradient, token_log_p, self.token_log_q, self.answers.one_hot)
 
     def true_gradient(self, objective: Objective, constants: np.ndarray) -> np.ndarray:
-        return _flat(_true_gradient(self.params, self.ref_params, self.answers, constants, objective=objective))
+        """By way of the log-probabilities: the model is compiled once for all objectives."""
+        of_log_probs = jax.grad(lambda x: objective(self._list_answers(x), constants))(self.token_log_p)
+        return _flat(_pull_back(self.models.policy, self.answers, of_log_probs))
 
     def expected_gradient(self, recipe: Recipe, seq_scores: np.ndarray, batches: np.ndarray) -> np.ndarray:
-        rollout = _rollout(self.answers)
+        another = recipe.drawn_by_another
+        rollout = _rollout(self.answers, self.logprobs_of_another if another else self.logprobs)
+        objective, critic = _objective(recipe), self._critic(recipe)
+        params = self.models.policy | critic
         scored = scoring.score(
-            self.params,
-            self.ref_params,
+            params,
+            self.models.reference,
             rollout,
             spec=SPEC,
             temperature=TEMPERATURE,
             compute_dtype="float64",
             micro_batch_size=len(seq_scores),
-            keep_ref_hidden=recipe.keeps_kl_in_loss,
+            keep_ref_hidden=objective.loss_kl is not None,
+            values=objective.values,
+            bootstrap=recipe.config.critic.bootstrap_truncated,
         )
-        of_batches = jax.tree.map(lambda x: x[batches], (jnp.asarray(seq_scores), scored, rollout.response_mask))
-        advantages, weights = jax.vmap(_advantages_and_weights(recipe))(*of_batches)
-        weights = weights * batch_probabilities(self.log_p, batches)
+        of_batches = jax.tree.map(
+            lambda x: x[batches], (jnp.asarray(seq_scores), replace(scored, ref_hidden=None), rollout)
+        )
+        advantages, returns, weights = batch_program(recipe)(*of_batches)
+        weights = weights * batch_probabilities(self.log_another if another else self.log_p, batches)
         names = ("prompt_tokens", "prompt_mask", "response_tokens", "response_mask")
         everything = {name: getattr(rollout, name) for name in names}
-        everything |= {"old_logprobs": scored.old_logprobs, "ref_hidden": scored.ref_hidden}
-        experience = Experience(**jax.tree.map(lambda x: x[batches.ravel()], everything), advantages=_rows(advantages))
-        return _flat(
-            _update_gradient(
-                self.params, self.ref_params, experience, _rows(weights), kl_in_loss=recipe.keeps_kl_in_loss
-            )
+        everything |= {name: getattr(scored, name) for name in ("old_logprobs", "ref_hidden")}
+        everything["old_values"] = scored.values
+        experience = Experience(
+            **jax.tree.map(lambda x: x[batches.ravel()], everything),
+            advantages=_rows(advantages),
+            returns=None if returns is None else _rows(returns),
         )
+        return _flat(_update_gradient(params, self.models.reference, experience, _rows(weights), objective=objective))
+
+    def _critic(self, recipe: Recipe) -> Params:
+        """What the recipe's critic adds to the parameters."""
+        critic: dict[str, Any] = {
+            "none": {},
+            "value_head": {"critic": {"head": self.models.critic["head"]}},
+            "model": {"critic": self.models.critic},
+        }
+        return critic[recipe.config.critic.kind]
 
 
 @jax.jit
-def _seq_logprobs(params: Params, answers: Answers) -> jax.Array:
-    rollout = _rollout(answers)
-    hidden = response_hidden(
-        params,
-        rollout.prompt_tokens,
-        rollout.prompt_mask,
-        rollout.response_tokens,
-        jnp.ones(answers.tokens.shape, bool),
-        spec=SPEC,
-    )
-    log_probs = jax.nn.log_softmax(head_logits(params, hidden, spec=SPEC) / TEMPERATURE)
-    return jnp.sum(log_probs * answers.one_hot, axis=(1, 2))
+def _token_log_probs(params: Params, answers: Answers) -> jax.Array:
+    return jax.nn.log_softmax(head_logits(params, _hidden(params, answers), spec=SPEC) / TEMPERATURE)
 
 
-@partial(jax.jit, static_argnames="objective")
-def _true_gradient(params: Params, ref_params: Params, answers: Answers, constants, *, objective: Objective):
-    log_q = _seq_logprobs(ref_params, answers)
-    return jax.grad(lambda params: objective(jnp.exp, _seq_logprobs(params, answers), log_q, constants))(params)
+@jax.jit
+def _pull_back(params: Params, answers: Answers, of_log_probs: jax.Array) -> Params:
+    """The gradient in the parameters of what has this one in the log-probabilities."""
+    return jax.vjp(lambda params: _token_log_probs(params, answers), params)[1](of_log_probs)[0]
 
 
-def _rollout(answers: Answers) -> Rollout:
+def _hidden(params: Params, answers: Answers) -> jax.Array:
+    """Hidden states that see whatever comes before them, [N, T, D]."""
+    prompts = jnp.ones((len(answers.tokens), 1), jnp.int32)
+    everything = jnp.ones(answers.tokens.shape, bool)
+    return response_hidden(params, prompts, prompts > 0, jnp.asarray(answers.tokens), everything, spec=SPEC)
+
+
+@jax.jit
+def _cut_values(critic: Params, answers: Answers) -> jax.Array:
+    values = _hidden(critic["trunk"], answers) @ critic["head"]["kernel"] + critic["head"]["bias"]
+    behind = jnp.take_along_axis(values, answers.lengths[:, None], axis=1)[:, 0]
+    return jnp.where(answers.ended, 0.0, behind)
+
+
+def _rollout(answers: Answers, behaviour_logprobs: jax.Array) -> Rollout:
     """Every answer to a prompt of one token; fields that no stage reads are zeros."""
     count = len(answers.tokens)
-    per_token = jnp.zeros(answers.tokens.shape)
     return Rollout(
         prompt_tokens=jnp.ones((count, 1), jnp.int32),
         prompt_mask=jnp.ones((count, 1), bool),
         response_tokens=jnp.asarray(answers.tokens),
         response_mask=jnp.asarray(answers.mask),
-        behaviour_logprobs=per_token,
-        kept_mass=per_token,
-        finish_reason=jnp.zeros(count, jnp.int32),
+        behaviour_logprobs=behaviour_logprobs,
+        kept_mass=jnp.zeros(answers.tokens.shape),
+        finish_reason=jnp.where(answers.ended, EOS, TRUNCATED),
         group_id=jnp.zeros(count, jnp.int32),
-        policy_version=jnp.zeros((), jnp.int32),
+        policy_version=jnp.zeros(count, jnp.int32),
     )
 
 
-def config_of(recipe: Recipe) -> Config:
-    """The recipe as the factory reads it; `parse` would refuse the biased ones."""
-    valid = load(overrides={"rollout.max_new_tokens": LENGTH, "update.normaliser": recipe.normaliser})
-    return valid.model_copy(
-        update={
-            "kl": valid.kl.model_copy(update={"form": recipe.kl_form}),
-            "advantage": valid.advantage.model_copy(update={"estimator": recipe.estimator}),
-        }
-    )
+@cache
+def batch_program(recipe: Recipe) -> Callable[..., tuple[jax.Array, jax.Array | None, jax.Array]]:
+    """(seq_scores, scored, rollout) of all batches -> (advantages, returns, weights), [batches, B, T]."""
+    config = recipe.config
+    shape_scores, token_rewards = algorithm.pick_score_shaping(config), algorithm.pick_token_rewards(config)
+    advantages, loss_weights = algorithm.pick_advantages(config), algorithm.pick_loss_weights(config)
+    count, variance = recipe.earlier_scores, EARLIER_VARIANCE
+    moments = ScoreMoments(*map(jnp.asarray, (count, EARLIER_MEAN if count else 0.0, count * variance)))
+
+    def of_batch(seq_scores, scored, rollout):
+        shaped, _ = shape_scores(moments, seq_scores, rollout)
+        rewards = token_rewards(shaped, scored, rollout.response_mask, kl_coef=recipe.reward_kl_coef)
+        return *advantages(rewards, scored, rollout), loss_weights(rollout.response_mask, dtype=jnp.float64)
+
+    return jax.jit(jax.vmap(of_batch))
 
 
-def _advantages_and_weights(recipe: Recipe) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(seq_scores, scored, mask) of a batch -> both [B, T]."""
-    config = config_of(recipe)
-    token_rewards, advantages = algorithm.pick_token_rewards(config), algorithm.pick_advantages(config)
-    loss_weights = algorithm.pick_loss_weights(config)
-
-    def of_batch(seq_scores, scored, mask):
-        rewards = token_rewards(seq_scores, scored, mask, kl_coef=recipe.reward_kl_coef)
-        of_answers, _ = advantages(rewards, scored, SimpleNamespace(response_mask=mask))
-        return of_answers, loss_weights(mask, dtype=jnp.float64)
-
-    return of_batch
+def _objective(recipe: Recipe) -> update.Objective:
+    """The recipe's; the weights are given, so that all normalisers may share a program."""
+    config = recipe.config
+    objective = algorithm.make_objective(config, SPEC, SPEC if config.critic.kind == "model" else None)
+    objective = replace(objective, compute_dtype="float64", loss_weights=losses.constant_weights)
+    return objective if recipe.kl_in_loss else replace(objective, loss_kl=None)
 
 
-@partial(jax.jit, static_argnames="kl_in_loss")
+@partial(jax.jit, static_argnames="objective")
 def _update_gradient(
-    params: Params, ref_params: Params, experience: Experience, weights: jax.Array, *, kl_in_loss: bool
+    params: Params, ref_params: Params, experience: Experience, weights: jax.Array, *, objective: update.Objective
 ) -> Params:
-    policy_loss, clipping_acts = algorithm.pick_policy_loss(CLIP_EPS)
-    objective = update.Objective(
-        spec=SPEC,
-        temperature=TEMPERATURE,
-        policy_loss=policy_loss,
-        clipping_acts=clipping_acts,
-        loss_weights=algorithm.pick_loss_weights(config_of(Recipe("k1", "batch_mean", 2))),
-        loss_kl=algorithm.LOSS_KL["exact" if kl_in_loss else "k1"],
-        compute_dtype="float64",
-        micro_batch_size=weights.shape[0],
-        remat=False,
-    )
     kl_coef = jnp.asarray(KL_COEF)
-    return jax.grad(lambda params: update.policy_loss(params, ref_params, experience, weights, kl_coef, objective)[0])(
-        params
-    )
+    of_all = jax.grad(lambda params: update.policy_loss(params, ref_params, experience, weights, kl_coef, objective)[0])
+    return split_critic(of_all(params))[0]
 
 
 def _rows(x: jax.Array) -> jax.Array:

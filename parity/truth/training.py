@@ -1,21 +1,59 @@
-"""Whole batches through the stages of training: which forms of the penalty, baselines and normalisers are exact.
+"""Whole batches through the stages of training: is the expected gradient that of the objective, or of what instead?
 
-Part C keeps the constant normaliser and asks for the gradient of −E[s] + β KL. Part D takes the others and asks what
-they follow instead.
+A claim is a recipe and the truth that it is held against; `forms` and `terms` have them all.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, cached_property
 
 import numpy as np
 
-from parity.truth import enumeration
+from parity.truth import objectives
 from parity.truth.claims import FLOOR, Row, direction_error, relative_error, row_of
-from parity.truth.enumeration import KL_COEF, LENGTH, Answers, all_answers, all_batches
+from parity.truth.enumeration import LENGTH, Answers, all_answers, all_batches
 from parity.truth.jax_stages import JaxStages
+from parity.truth.objectives import KL_COEF, Objective
 from parity.truth.recipes import Recipe, Stages
 from parity.truth.torch_stages import TorchStages
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair of policy and reference in one stack, with random scores of all answers."""
+
+    stages: Stages
+    answers: Answers
+    seq_scores: np.ndarray  # [N]
+
+    @cached_property
+    def objective_gradient(self) -> np.ndarray:
+        return self.stages.true_gradient(objectives.minus_objective, self.seq_scores)
+
+
+Truth = Callable[[Pair, Recipe], np.ndarray]  # the gradient that is claimed
+
+
+def the_objective(pair: Pair, _: Recipe) -> np.ndarray:
+    """−E[s] + β KL."""
+    return pair.objective_gradient
+
+
+def of(objective: Objective) -> Truth:
+    """Another objective of the same scores."""
+    return lambda pair, _: pair.stages.true_gradient(objective, pair.seq_scores)
+
+
+def of_scores(scores_of: Callable[[Pair], np.ndarray]) -> Truth:
+    """−E[s'] + β KL, of other scores."""
+    return lambda pair, _: pair.stages.true_gradient(objectives.minus_objective, scores_of(pair))
+
+
+def weighted_answers(pair: Pair, recipe: Recipe) -> np.ndarray:
+    coefficients = answer_weights(recipe, pair.stages.log_p, pair.stages.log_q, pair.seq_scores, pair.answers.lengths)
+    return pair.stages.true_gradient(objectives.minus_weighted_answers, coefficients)
 
 
 @dataclass(frozen=True)
@@ -29,68 +67,37 @@ class Claim:
     name: str
     recipe: Recipe
     factor: float | None = None
-    with_weighted_answers: bool = False  # instead of −E[s] + β KL
+    truth: Truth = the_objective
 
     @property
     def printed_factor(self) -> str:
         return "best" if self.factor is None else str(Fraction(self.factor).limit_denominator(10))
 
 
-LEAVE_ONE_OUT, WHITENED = "leave_one_out_to_go", "whitened_batch_mean"
-OF_FORMS = (
-    Claim("k1, batch mean, B = 2", Recipe("k1", "batch_mean", 2), 1 / 2),
-    Claim("k1, batch mean, B = 3", Recipe("k1", "batch_mean", 3), 2 / 3),
-    Claim("k1, leave one out to go, B = 2", Recipe("k1", LEAVE_ONE_OUT, 2), 1.0),
-    Claim("k1, leave one out to go, B = 3", Recipe("k1", LEAVE_ONE_OUT, 3), 1.0),
-    Claim("exact, leave one out to go, B = 2", Recipe("exact", LEAVE_ONE_OUT, 2), 1.0),
-    Claim("exact, leave one out to go, B = 3", Recipe("exact", LEAVE_ONE_OUT, 3), 1.0),
-    Claim("exact, batch mean, B = 2", Recipe("exact", "batch_mean", 2)),
-    Claim("exact, batch mean, B = 3", Recipe("exact", "batch_mean", 3)),
-    Claim("exact, its half in the reward alone", Recipe("exact", LEAVE_ONE_OUT, 2, kl_in_loss=False)),
-    Claim("exact, its half in the loss alone", Recipe("exact", LEAVE_ONE_OUT, 2, kl_in_reward=False)),
-    Claim("k1, whitened, B = 2", Recipe("k1", WHITENED, 2)),
-    Claim("k1, whitened, B = 3", Recipe("k1", WHITENED, 3)),
-    Claim("exact, whitened, B = 2", Recipe("exact", WHITENED, 2)),
-    Claim("k1, whitened, B = 2: the rate of winning", Recipe("k1", WHITENED, 2), 1.0, with_weighted_answers=True),
-)
-SEQUENCE_MEAN, TOKEN_MEAN = (Recipe("k1", "batch_mean", 2, f"{unit}_mean") for unit in ("sequence", "token"))
-OF_NORMALISERS = (
-    Claim("constant: the objective", Recipe("k1", "batch_mean", 2), 1 / 2),
-    Claim("constant: weights 1 / longest", Recipe("k1", "batch_mean", 2), 1.0, with_weighted_answers=True),
-    Claim("sequence mean: the objective", SEQUENCE_MEAN),
-    Claim("sequence mean: weights 1 / length", SEQUENCE_MEAN, 1.0, with_weighted_answers=True),
-    Claim("token mean: the objective", TOKEN_MEAN),
-    Claim("token mean: weights 1 / sum of lengths", TOKEN_MEAN, 1.0, with_weighted_answers=True),
-    Claim("sequence mean, exact: the objective", Recipe("exact", LEAVE_ONE_OUT, 2, "sequence_mean")),
-    Claim("token mean, exact: the objective", Recipe("exact", LEAVE_ONE_OUT, 2, "token_mean")),
-)
-
-
 def rows_of(part: str, claims: Sequence[Claim], *, pairs: int, torch_pairs: int) -> Iterator[Row]:
     """One row per claim and stack."""
-    answers = all_answers()
     for stack, stages, count in (("JAX", JaxStages, pairs), ("PyTorch", TorchStages, torch_pairs)):
         errors: dict[str, list[float]] = {claim.name: [] for claim in claims}
-        for pair in range(count):
-            for name, error in _errors(stages(answers, pair), claims, answers, pair):
-                errors[name].append(error)
+        for seed, claim in itertools.product(range(count), claims):
+            errors[claim.name].append(_error(claim, random_pair(stages, claim.recipe.longest, seed)))
         for claim in claims:
             floor = FLOOR if claim.factor is None else None
             yield row_of(part, claim.name, stack, errors[claim.name], factor=claim.printed_factor, floor=floor)
 
 
-def _errors(stages: Stages, claims: Sequence[Claim], answers: Answers, pair: int) -> Iterator[tuple[str, float]]:
-    seq_scores = np.random.default_rng(pair).normal(size=len(answers.tokens))
-    objective_gradient = stages.true_gradient(enumeration.minus_objective, seq_scores)
-    for claim in claims:
-        batches = all_batches(claim.recipe.answers, len(seq_scores))
-        found = stages.expected_gradient(claim.recipe, seq_scores, batches)
-        truth = objective_gradient
-        if claim.with_weighted_answers:
-            coefficients = answer_weights(claim.recipe, stages.log_p, stages.log_q, seq_scores, answers.lengths)
-            truth = stages.true_gradient(enumeration.minus_weighted_answers, coefficients)
-        error = direction_error(found, truth) if claim.factor is None else relative_error(found / claim.factor, truth)
-        yield claim.name, error
+@cache
+def random_pair(stages: Callable[[Answers, int], Stages], longest: int, seed: int) -> Pair:
+    answers = all_answers(longest)
+    return Pair(stages(answers, seed), answers, np.random.default_rng(seed).normal(size=len(answers.tokens)))
+
+
+def _error(claim: Claim, pair: Pair) -> float:
+    batches = all_batches(claim.recipe.answers, len(pair.seq_scores))
+    found, truth = (
+        pair.stages.expected_gradient(claim.recipe, pair.seq_scores, batches),
+        claim.truth(pair, claim.recipe),
+    )
+    return direction_error(found, truth) if claim.factor is None else relative_error(found / claim.factor, truth)
 
 
 def answer_weights(
@@ -105,11 +112,11 @@ def answer_weights(
     """
     rewards = seq_scores - KL_COEF * (log_p - log_q)
     advantages = (rewards[:, None] - rewards) / 2
-    if recipe.estimator == WHITENED:
+    if recipe.config.advantage.estimator in ("whitened_batch_mean", "group_normalised"):
         advantages = advantages / np.sqrt(advantages**2 + 1e-8)
     weights = {
         "constant": np.full(advantages.shape, 1 / (2 * LENGTH)),
         "sequence_mean": np.broadcast_to(1 / (2 * lengths[:, None]), advantages.shape),
         "token_mean": 1 / (lengths[:, None] + lengths),
-    }[recipe.normaliser]
+    }[recipe.config.update.normaliser]
     return (2 * weights * advantages) @ np.exp(log_p)
