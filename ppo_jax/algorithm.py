@@ -73,7 +73,7 @@ def pick_length_penalty(config: Config) -> Callable[[Rollout, Any], jax.Array]:
         paid = jnp.zeros_like(lengths)
         if reward.missing_eos_penalty:
             ended = answers.finish_reason != TRUNCATED
-            paid += rewards.missing_eos_penalty(ended, penalty=reward.missing_eos_penalty).astype(dtype)
+            paid += rewards.missing_eos_penalty(ended, penalty=reward.missing_eos_penalty, dtype=dtype)
         if reward.too_short_penalty:
             paid += rewards.too_short_penalty(lengths, min_tokens=reward.min_tokens, penalty=reward.too_short_penalty)
         if reward.too_long_penalty:

@@ -154,6 +154,7 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
+OF_A_CRITIC = ("gae", "whitened_gae")
 # An estimator that shrinks what it centres by 1 - 1/B, or divides it, leaves a KL in the loss with the wrong weight.
 UNSCALED = ("leave_one_out", "leave_one_out_to_go", "group_leave_one_out", "group_leave_one_out_to_go", "gae")
 
@@ -172,13 +173,19 @@ def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("kl.form", "kl.per"),
             f"kl.per (token) is for kl.form k1; with {config.kl.form} the loss has a KL of every token anyway",
         )
+    if config.kl.per == "token" and (estimator.endswith("_to_go") or estimator in OF_A_CRITIC):
+        yield (
+            ("kl.per", "advantage.estimator"),
+            f"kl.per (token) needs an advantage of whole answers, not {estimator}: what is still to come of a mean "
+            f"per token is the gradient of nothing",
+        )
     if estimator.startswith("group_") and rollout.answers_per_prompt == 1:
         yield (
             ("advantage.estimator", "rollout.answers_per_prompt"),
             f"advantage.estimator ({estimator}) compares the answers to one prompt, and rollout.answers_per_prompt is "
             f"1: every advantage would be 0; ask for 4 or 8",
         )
-    of_critic = estimator in ("gae", "whitened_gae")
+    of_critic = estimator in OF_A_CRITIC
     if rollout.batch_size == 1 and not of_critic:
         yield (
             ("rollout.batch_size",),
@@ -274,9 +281,7 @@ def warnings_of(config: Config) -> list[str]:
         )
     if config.kl.per == "token":
         found.append("kl.per is token: long answers are held less, and the gradient is not quite that of KL / length")
-    if config.advantage.estimator in ("gae", "whitened_gae") and (
-        config.advantage.gae_lambda < 1 or config.advantage.discount < 1
-    ):
+    if config.advantage.estimator in OF_A_CRITIC and (config.advantage.gae_lambda < 1 or config.advantage.discount < 1):
         found.append(
             "advantage.gae_lambda or discount is below 1: the gradient is biased by the critic's errors, which buys "
             "less noise; watch critic/explained_variance"

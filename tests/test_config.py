@@ -284,6 +284,10 @@ def test_a_value_out_of_its_range_or_type_is_refused_with_key_and_value(key, val
                 "group_leave_one_out_to_go",
             )
         ),
+        (
+            {"kl.per": "token", "advantage.estimator": "leave_one_out_to_go"},
+            "kl.per (token) needs an advantage of whole answers, not leave_one_out_to_go",
+        ),
         ({"advantage.estimator": "gae"}, "advantage.estimator (gae) needs a critic: set critic.kind"),
         ({"critic.kind": "model"}, "advantage.estimator (batch_mean) reads no values"),
         ({"critic.path": "x"}, "critic.path is for critic.kind model, which is none"),
