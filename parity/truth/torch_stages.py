@@ -11,8 +11,8 @@ from parity.truth.enumeration import CLIP_EPS, KL_COEF, LENGTH, TEMPERATURE, Ans
 from parity.truth.recipes import CONFIG, SPEC, Recipe, batch_probabilities, random_params
 from ppo_jax.models.decoder import Params
 from ppo_jax.models.hf_io import export_tensors
+from ppo_torch_ref import algorithm, ops, scoring, update
 from ppo_torch_ref import model as torch_model
-from ppo_torch_ref import ops, scoring, update
 from ppo_torch_ref.rollout import Rollout
 
 
@@ -58,12 +58,14 @@ class TorchStages:
         weights = weights * torch.from_numpy(batch_probabilities(self.log_p, batches))
         every_answer = update.Experience(*sequences, scored.old_logprobs, torch.zeros(self.mask.shape))
         experience = replace(every_answer.rows(rows.flatten()), advantages=advantages.flatten(0, 1))
+        policy_loss, clipping_acts = algorithm.pick_policy_loss(CLIP_EPS)
         objective = update.Objective(
             temperature=TEMPERATURE,
-            clip_eps=CLIP_EPS,
+            policy_loss=policy_loss,
+            clipping_acts=clipping_acts,
             loss_weights=ops.constant_weights,
             micro_batch_size=rows.numel(),
-            kl_in_loss=recipe.keeps_kl_in_loss,
+            loss_kl=algorithm.LOSS_KL["exact" if recipe.keeps_kl_in_loss else "k1"],
         )
         loss, _ = update.policy_loss(self.model, self.reference, experience, weights.flatten(0, 1), KL_COEF, objective)
         return self._gradient(loss)
