@@ -30,12 +30,12 @@ from ppo_torch_ref import build as torch_build
 from ppo_torch_ref import train as torch_train
 
 CASE = "embedded"
-ITERATIONS = 20
+ITERATIONS = {"k1": 20, "exact": 20}  # of the other recipes 3: what is their own acts in every one
 PROMPTS = ("the film", "a very long story about", "this cast", "I watched it", "the end of the plot was")
 # What each run has of its own: together, every choice of algorithm that takes part in a loop.
 RECIPES: dict[str, dict[str, Any]] = {
     "k1": {},
-    "exact": {"kl.form": "exact", "advantage.estimator": "leave_one_out_to_go"},
+    "exact": {"kl.form": "exact", "advantage.estimator": "group_leave_one_out_to_go"},
     "shaped": {
         "kl.target_nats": 0.01,
         "kl.horizon": 3,
@@ -68,12 +68,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "critic.warmup_iterations": 1,
         "update.schedule": "linear",
     },
-    "exact in groups": {"kl.form": "exact", "advantage.estimator": "group_leave_one_out_to_go"},
     "k3 in the loss": {
         "kl.form": "biased_k3_in_loss",
         "advantage.estimator": "group_leave_one_out",
         "update.importance_cap": 1.0,
-        "update.max_approx_kl_nats": 2e-4,
+        "update.max_approx_kl_nats": 0.02,
         "update.epochs": 4,
     },
 }
@@ -121,11 +120,12 @@ def config_of(recipe: str, directory: Path, iterations: int) -> Config:
     )
 
 
-def whole_runs(dtype: str, iterations: int = ITERATIONS, recipes: Sequence[str] = tuple(RECIPES)) -> Iterator[Row]:
+def whole_runs(dtype: str, *, at_most: int = 20, recipes: Sequence[str] = tuple(RECIPES)) -> Iterator[Row]:
     """L11: metrics of every iteration and the parameters at the end, for each recipe; in float64 only."""
     if dtype != "float64":
         return
     for recipe in recipes:
+        iterations = min(at_most, ITERATIONS.get(recipe, 3))
         with tempfile.TemporaryDirectory() as directory:
             config = config_of(recipe, Path(directory), iterations)
             ours, parameters = _jax_run(config)

@@ -256,9 +256,10 @@ def walk(pair: Pair, recipe: Recipe) -> tuple[Walk, Walk]:
 def iterations(pair: Pair) -> Iterator[Row]:
     """L10: 20 iterations of 2 epochs of 2 minibatches for each recipe, ratio and norm clipped now and then.
 
-    In float32 Adam turns roundings of small gradients into steps, so only the losses are compared there.
+    In float32 Adam turns roundings of small gradients into steps, so only the losses are compared there, of the first
+    three recipes.
     """
-    for recipe in RECIPES:
+    for recipe in RECIPES if pair.dtype == "float64" else RECIPES[:3]:
         ours, theirs = walk(pair, recipe)
         losses = [{name: x for name, x in side.statistics.items() if ": loss/" in name} for side in (ours, theirs)]
         pairs = {f"losses of {STEPS} steps": losses}

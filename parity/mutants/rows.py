@@ -12,7 +12,7 @@ from parity.ladder import model_rows, shared_rows
 from parity.planting import planted
 from parity.rows import Row
 from parity.stacks import Pair
-from ppo_jax import update
+from ppo_jax import algorithm, update
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Planted:
     target: str  # "module:function"
     old: str
     new: str
-    on: str = "shared inputs"  # or a random model, or "embedded": two whole iterations of both loops
+    on: str = "shared inputs"  # or a random model, or a recipe of `loops`: two whole iterations of it
     trap: int | None = None  # number in the list of what went wrong for others
 
     @property
@@ -33,7 +33,7 @@ class Planted:
 
     @property
     def is_expensive(self) -> bool:
-        return self.is_seen_by_a_test or self.on == "embedded" or self.killer == "L10"
+        return self.is_seen_by_a_test or self.on in loops.RECIPES or self.killer == "L10"
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,24 @@ class Found:
 def found_by_level(mutant: Planted, cases: dict[str, ModelCase], dtype: str) -> Found:
     """What the level says while the bug is in."""
     # What these keep was made by functions that may be mutants now, or were mutants then.
-    update.make_optimizer.cache_clear()
+    forget()
     try:
         with planted(mutant.target, mutant.old, mutant.new):
             rows = rows_of(mutant.killer, mutant.on, cases, dtype)
     finally:
-        update.make_optimizer.cache_clear()
+        forget()
     worst = max(rows, key=lambda row: row.error / (row.bound or 1e-300))
     return Found(f"{worst.compared}: {worst.worst}", worst.error, worst.bound, worst.diverged is not None)
 
 
+def forget() -> None:
+    for kept in (update.make_optimizer, update.make_optimizer_with_critic, algorithm.pick_policy_loss):
+        kept.cache_clear()
+
+
 def rows_of(level: str, on: str, cases: dict[str, ModelCase], dtype: str) -> list[Row]:
-    if on == "embedded":
-        return list(loops.whole_runs(dtype, iterations=2))
+    if on in loops.RECIPES:
+        return list(loops.whole_runs(dtype, at_most=2, recipes=[on]))
     if on == "shared inputs":
         return list(shared_rows(level, dtype))
     # A pair of its own: it remembers what it has computed, and some bugs act when a model is loaded.

@@ -240,7 +240,7 @@ PROPERTIES = (
             Mutant("micro-batches put together in another order", "ppo_jax.ops.streaming:merge_micro_batches",
                    "jnp.swapaxes(x, 0, 1).reshape", "x.reshape"),
             Mutant("micro-batches put together in another order", "ppo_torch_ref.scoring:score",
-                   "torch.cat(column)", "torch.cat(column[::-1])"),
+                   "for part in parts]) for name", "for part in parts[::-1]]) for name"),
         ],
         answers=ragged(), order=st.permutations(range(BATCH)),
     ),
