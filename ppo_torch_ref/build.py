@@ -29,6 +29,17 @@ from ppo_torch_ref.update import AdamW, Objective
 
 VADER = "ppo_jax.rewards.sentiment:vader_compound"
 
+# Fields that this reference knows one value of.
+ONLY = {
+    "rollout.stop_strings": [],
+    "model.compute_dtype": "float32",
+    "prompts.form": "text",
+    "prompts.evaluation_fraction": 0.0,
+    "reward.model": None,
+    "reward.functions": {},
+    "reward.weights": {},
+    "reward.url": None,
+}
 
 # What a draw is for; distinct purposes never share noise.
 ROLLOUT, SHUFFLE = 0, 1
@@ -97,10 +108,10 @@ def read_config(file: Path) -> SimpleNamespace:
     """The sections of a resolved config.yaml as attributes; what this reference does not do is refused."""
     sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     config = SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in sections.items()})
-    if config.rollout.stop_strings:
-        raise SystemExit(f"{file}: rollout.stop_strings is {config.rollout.stop_strings}; this reference has none")
-    if config.model.compute_dtype != "float32":
-        raise SystemExit(f"{file}: model.compute_dtype is {config.model.compute_dtype}; this reference has none")
+    for key, only in ONLY.items():
+        section, _, name = key.partition(".")
+        if (value := getattr(getattr(config, section), name)) != only:
+            raise SystemExit(f"{file}: {key} is {value}; this reference has none")
     return config
 
 

@@ -181,9 +181,22 @@ def test_beta_and_moments_go_from_iteration_to_iteration(config_file):
     assert float(parts.score_moments.count) == 32
 
 
-def test_stop_strings_are_refused(config_file):
-    with pytest.raises(SystemExit, match="stop_strings"):
-        build.read_config(config_file(**{"rollout.stop_strings": ["good"]}))
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout.stop_strings", ["good"]),
+        ("model.compute_dtype", "bfloat16"),
+        ("prompts.form", "alpaca"),
+        ("prompts.evaluation_fraction", 0.5),
+        ("reward.model", "path"),
+        ("reward.functions", {"a": "module:function"}),
+        ("reward.weights", {"function": 2.0}),
+        ("reward.url", "http://127.0.0.1:1/"),
+    ],
+)
+def test_what_the_reference_does_not_do_is_refused_by_name(config_file, key, value):
+    with pytest.raises(SystemExit, match=f"{key} is .*; this reference has none"):
+        build.read_config(config_file(**{key: value}))
 
 
 def test_an_answer_ends_with_its_eos_and_not_before_the_minimum(config_file):
