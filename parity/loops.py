@@ -37,6 +37,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "k1": {},
     "exact": {"kl.form": "exact", "advantage.estimator": "group_leave_one_out_to_go"},
     "shaped": {
+        "advantage.estimator": "group_leave_one_out",
+        "kl.form": "biased_k3_in_loss",
         "kl.target_nats": 0.01,
         "kl.horizon": 3,
         "reward.normalise": "running",
@@ -50,6 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "update.clip_eps_high": 0.03,
         "update.dual_clip": 1.0625,
         "update.entropy_coef": 0.01,
+        "update.importance_cap": 1.0,
+        "update.max_approx_kl_nats": 0.05,
     },
     "value head": {
         "advantage.estimator": "gae",
@@ -67,13 +71,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "critic.kind": "model",
         "critic.warmup_iterations": 1,
         "update.schedule": "linear",
-    },
-    "k3 in the loss": {
-        "kl.form": "biased_k3_in_loss",
-        "advantage.estimator": "group_leave_one_out",
-        "update.importance_cap": 1.0,
-        "update.max_approx_kl_nats": 0.02,
-        "update.epochs": 4,
     },
 }
 

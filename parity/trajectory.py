@@ -61,12 +61,9 @@ class Recipe:
 
 RECIPES = (
     Recipe("k1, batch mean", {}),
-    Recipe(
-        "k1, whitened_batch_mean", {"advantage.estimator": "whitened_batch_mean", "update.normaliser": "token_mean"}
-    ),
     Recipe("exact, leave one out to go", {"kl.form": "exact", "advantage.estimator": "leave_one_out_to_go"}),
     Recipe(
-        "shaped scores, adaptive KL, every clip",
+        "whitened shaped scores, adaptive KL, every clip",
         {
             "kl.per": "token",
             "kl.target_nats": 0.5,
@@ -77,8 +74,8 @@ RECIPES = (
             "reward.too_short_penalty": 0.5,
             "reward.soft_max_tokens": 4,
             "reward.too_long_penalty": 0.25,
-            "rollout.answers_per_prompt": 4,
-            "advantage.estimator": "group_normalised",
+            "advantage.estimator": "whitened_batch_mean",
+            "update.normaliser": "token_mean",
             "update.clip_eps_high": 0.3,
             "update.dual_clip": 1.5,
             "update.entropy_coef": 0.01,
