@@ -222,7 +222,8 @@ def _partial(path: Path) -> Path:
 def _make_room(path: Path, nbytes: int) -> None:
     """An empty directory to write to, on a disk that has the space."""
     try:
-        shutil.rmtree(_partial(path), ignore_errors=True)
+        for left_over in path.parent.glob("step_*.partial"):  # no other save is under way
+            shutil.rmtree(left_over, ignore_errors=True)
         _partial(path).mkdir(parents=True)
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
@@ -242,7 +243,8 @@ def _begin(path: Path, state: TrainState) -> ocp.StandardCheckpointer:
 
 
 def _failed(path: Path, reason: Exception | str) -> UserError:
-    """What is said of a save that failed; what it had written is dropped."""
+    """What is said of a save that failed; what it had written is dropped, here or, where threads of it were still
+    writing, before the next save."""
     if is_lead():
         shutil.rmtree(_partial(path), ignore_errors=True)
     newest = max(saved_steps(path.parent), default=None)

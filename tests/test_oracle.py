@@ -14,6 +14,7 @@ from parity import credit, finite_differences, operations, oracle, oracle_layers
 from parity import oracle_losses as losses_oracle
 from parity import oracle_rewards as rewards_oracle
 from parity.cases import random_model
+from parity.learners import EVERY_TERM
 from parity.stacks import Pair
 from ppo_jax.models import decoder
 from ppo_jax.ops import advantages, kl, logprobs, losses, masking, rewards
@@ -350,7 +351,7 @@ def test_only_differences_see_a_term_that_both_stacks_forget_to_differentiate(tm
     for stack in (kl, torch_ops):
         patch(monkeypatch, stack, "exact_token_kl", detached_kl)
     pair = Pair(random_model("llama-tied", tmp_path), "float64")
-    (_, ours), (_, theirs) = finite_differences.backward(pair, finite_differences.CASE)
+    (_, ours), (_, theirs) = finite_differences.backward(pair, EVERY_TERM)
     assert max(np.abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-12
     rows = list(finite_differences.gradients(pair))
     assert {row.compared for row in rows if row.diverged is not None} == {
