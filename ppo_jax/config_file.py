@@ -276,8 +276,8 @@ def warnings_of(config: Config) -> list[str]:
         )
     if config.kl.form == "biased_k3_in_loss":
         found.append(
-            "kl.form is biased_k3_in_loss: its gradient is not that of the KL, by how much is in docs/truth.md; k1 and "
-            "exact cost the same and are right"
+            "kl.form is biased_k3_in_loss: its gradient is not that of the KL, by how much is in docs/truth.md; that "
+            "of k1 and of exact is"
         )
     if config.kl.per == "token":
         found.append("kl.per is token: long answers are held less, and the gradient is not quite that of KL / length")

@@ -41,9 +41,8 @@ class Objective:
     compute_dtype: str
     micro_batch_size: int
     remat: bool
-    loss_kl: Callable[..., Float[Array, " rows"]] | None = (
-        None  # (logits, ref_logits, tokens) -> KL, where β KL is added
-    )
+    # (logits, ref_logits, tokens) -> KL per token; None where no KL is in the loss.
+    loss_kl: Callable[..., Float[Array, " rows"]] | None = None
     entropy_coef: float = 0.0
     critic: "CriticObjective | None" = None
 
