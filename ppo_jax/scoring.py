@@ -18,7 +18,15 @@ from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, respo
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.masking import zero_masked
-from ppo_jax.ops.streaming import map_row_blocks, merge_micro_batches, micro_batches, rows_per_block
+from ppo_jax.ops.streaming import (
+    at_shortest_axis,
+    map_row_blocks,
+    merge_micro_batches,
+    micro_batches,
+    rows_per_block,
+    shortest_together,
+    with_length,
+)
 from ppo_jax.records import TRUNCATED, Rollout, Scored
 from ppo_jax.sharding import by_rows, device_count, gather_again
 from ppo_jax.tracing import note_compilation
@@ -63,8 +71,17 @@ def score(
 
     def score_answers(answers):
         (policy, reference), answers = gather_again((params, ref_params), answers)
-        sequences, truncated = answers[:-1], answers[-1]
+        *sequences, truncated = answers
+
+        def at_length(short):
+            scored = score_models(policy, reference, _at_length(sequences, short), truncated)
+            return jax.tree.map(lambda x: with_length(x, length) if x.ndim > 1 else x, scored)
+
+        return at_shortest_axis(at_length, sequences[-1])
+
+    def score_models(policy, reference, sequences, truncated):
         _, _, response_tokens, response_mask = sequences
+        short = response_mask.shape[1]
 
         def score_rows(hidden, ref_hidden, tokens):
             logits = head_logits(policy, hidden, spec=spec)
@@ -78,11 +95,11 @@ def score(
 
         ref_hidden = response_hidden(reference, *sequences, spec=spec)
         # The state behind an answer is seen by giving every answer one more column, which nothing else looks at.
-        seen = _one_more_column(sequences) if bootstrap else sequences
+        seen = _at_length(sequences, short + 1) if bootstrap else sequences
         hidden = response_hidden(policy, *seen, spec=spec)
         scored = map_row_blocks(
             score_rows,
-            hidden[:, :length],
+            hidden[:, :short],
             ref_hidden,
             response_tokens,
             block_rows=rows_per_block(spec.vocab_size, devices=device_count()),
@@ -92,19 +109,20 @@ def score(
             scored = replace(scored, ref_hidden=ref_hidden)
         if values is not None:
             of_states = values(policy, hidden, seen)
-            scored = replace(scored, values=zero_masked(of_states[:, :length], response_mask))
+            scored = replace(scored, values=zero_masked(of_states[:, :short], response_mask))
             if bootstrap:
                 behind = jnp.take_along_axis(of_states, jnp.sum(response_mask, axis=1, keepdims=True), axis=1)
                 scored = replace(scored, bootstrap_values=zero_masked(behind[:, 0], truncated))
         return scored
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
-    answers = (*sequences, rollout.finish_reason == TRUNCATED)
-    scored = jax.lax.map(score_answers, micro_batches(answers, micro_batch_size))
-    return by_rows(merge_micro_batches(scored))
+    order = shortest_together(rollout.response_mask, micro_batch_size)
+    answers = by_rows(jax.tree.map(lambda x: x[order], (*sequences, rollout.finish_reason == TRUNCATED)))
+    scored = merge_micro_batches(jax.lax.map(score_answers, micro_batches(answers, micro_batch_size)))
+    return by_rows(jax.tree.map(lambda x: x[jnp.argsort(order)], scored))
 
 
-def _one_more_column(sequences: Any) -> Any:
-    """Responses [B, T] as [B, T + 1], the last column masked."""
+def _at_length(sequences: Any, length: int) -> Any:
+    """Sequences with their responses cut, or given masked columns, to a length."""
     *prompts, tokens, mask = sequences
-    return (*prompts, *(jnp.pad(x, ((0, 0), (0, 1))) for x in (tokens, mask)))
+    return (*prompts, with_length(tokens, length), with_length(mask, length))

@@ -21,7 +21,14 @@ from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, respo
 from ppo_jax.ops import kl, losses, masking
 from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.randomness import Purpose, purpose_key
-from ppo_jax.ops.streaming import map_row_blocks, micro_batches, rows_per_block
+from ppo_jax.ops.streaming import (
+    at_shortest_axis,
+    map_row_blocks,
+    micro_batches,
+    rows_per_block,
+    shortest_together,
+    with_length,
+)
 from ppo_jax.records import Experience, TrainState
 from ppo_jax.sharding import by_rows, by_rules, device_count, gather_again
 from ppo_jax.tracing import note_compilation
@@ -213,7 +220,7 @@ def _combine(first: Stats, second: Stats) -> Stats:
 def loss_and_gradients(
     params: Params, ref_params: Params, minibatch: Experience, kl_coef: Float[Array, ""], objective: Objective
 ) -> tuple[Float[Array, ""], Stats, Params]:
-    """Loss, statistics and gradients of a minibatch, accumulated over its micro-batches."""
+    """Loss, statistics and gradients of a minibatch, accumulated over its micro-batches, each as long as it must be."""
     weights = objective.loss_weights(minibatch.response_mask, dtype=minibatch.old_logprobs.dtype)
     in_micro_batches = micro_batches((minibatch, weights), objective.micro_batch_size)
 
@@ -224,8 +231,14 @@ def loss_and_gradients(
         )
         return loss, stats, by_rules(gradients)
 
+    def evaluate_short(micro_batch):
+        answers, weights = micro_batch
+        return at_shortest_axis(
+            lambda length: evaluate((_at_length(answers, length), with_length(weights, length))), answers.response_mask
+        )
+
     def accumulate(total, micro_batch):
-        loss, stats, gradients = evaluate(micro_batch)
+        loss, stats, gradients = evaluate_short(micro_batch)
         added_gradients = jax.tree.map(jnp.add, total[2], gradients)
         return (total[0] + loss, _combine(total[1], stats), added_gradients), None
 
@@ -234,6 +247,12 @@ def loss_and_gradients(
         return evaluate(first)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, first))
     return jax.lax.scan(accumulate, nothing, in_micro_batches)[0]
+
+
+def _at_length(answers: Experience, length: int) -> Experience:
+    """The answers with their responses cut to a length that holds them all."""
+    names = [name for name, x in vars(answers).items() if x is not None and not name.startswith("prompt_")]
+    return replace(answers, **{name: with_length(getattr(answers, name), length) for name in names})
 
 
 @partial(jax.jit, static_argnames=("optimizer", "objective"), donate_argnames=("params", "opt_state"))
@@ -255,6 +274,7 @@ def ppo_step(
     note_compilation(
         "update", B=rows.shape[0], P=experience.prompt_tokens.shape[1], T=experience.response_tokens.shape[1]
     )
+    rows = rows[shortest_together(experience.response_mask[rows], objective.micro_batch_size)]
     minibatch = by_rows(jax.tree.map(lambda x: x[rows], experience))
     loss, sums, gradients = loss_and_gradients(params, ref_params, minibatch, kl_coef, objective)
     (of_policy, of_critic), grad_norm = split_critic(gradients), optax.tree.norm(gradients)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import scoring_memory
 from ppo_jax import scoring
 from ppo_jax.models import hf_io
-from ppo_jax.models.decoder import head_logits
+from ppo_jax.models.decoder import head_logits, response_hidden
 from ppo_jax.ops.logprobs import token_logprobs
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import Rollout
@@ -23,11 +23,10 @@ def reference(tmp_path_factory):
     return model, hf_io.load_params(model.path, model.config, model.spec)
 
 
-def some_rollout(tiny, length=7):
+def some_rollout(tiny, length=7, lengths=(7, 1, 4, 7, 2, 5)):
     batch = pad_left(PROMPTS, [tiny.model.tokenizer(text)["input_ids"] for text in PROMPTS])
     rng = np.random.default_rng(0)
-    lengths = np.array([7, 1, 4, 7, 2, 5])
-    mask = np.arange(length)[None] < lengths[:, None]
+    mask = np.arange(length)[None] < np.asarray(lengths)[:, None]
     zeros = jnp.zeros(mask.shape)
     return Rollout(
         prompt_tokens=jnp.asarray(batch.tokens),
@@ -105,6 +104,20 @@ def test_micro_batches_change_no_score(tiny, reference):
     rollout = some_rollout(tiny)
     whole, parts = score(tiny, reference[1], rollout), score(tiny, reference[1], rollout, micro_batch_size=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), whole, parts)
+
+
+def test_answers_of_one_length_are_scored_together_on_a_shorter_axis_and_change_no_score(tiny, reference, monkeypatch):
+    axes = set()
+
+    def seen(params, prompt_tokens, prompt_mask, response_tokens, *rest, **options):
+        axes.add(response_tokens.shape[1])
+        return response_hidden(params, prompt_tokens, prompt_mask, response_tokens, *rest, **options)
+
+    monkeypatch.setattr(scoring, "response_hidden", seen)
+    rollout = some_rollout(tiny, length=32, lengths=(20, 16, 1, 32, 9, 17))
+    whole, parts = score(tiny, reference[1], rollout), score(tiny, reference[1], rollout, micro_batch_size=2)
+    assert axes == {16, 32}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), whole, parts)
 
 
 def test_no_array_of_batch_by_length_by_vocabulary_is_ever_held():

@@ -8,7 +8,14 @@ from jax.extend.core import jaxprs_in_params
 
 from ppo_jax.ops import kl
 from ppo_jax.ops.logprobs import entropy, token_logprobs
-from ppo_jax.ops.streaming import BLOCK_BYTES, map_row_blocks, rows_per_block
+from ppo_jax.ops.streaming import (
+    BLOCK_BYTES,
+    at_shortest_axis,
+    map_row_blocks,
+    micro_batches,
+    rows_per_block,
+    shortest_together,
+)
 
 B, T, D, V = 3, 5, 4, 11
 
@@ -99,3 +106,21 @@ def test_a_block_of_logits_fits_its_budget():
         assert rows_per_block(vocab) * vocab * 4 <= BLOCK_BYTES
         assert (rows_per_block(vocab) + 1) * vocab * 4 > BLOCK_BYTES
     assert rows_per_block(10**9) == 8
+
+
+def right_padded(lengths, axis):
+    return jnp.arange(axis)[None] < jnp.asarray(lengths)[:, None]
+
+
+def test_micro_batches_hold_the_shortest_answers_first_and_every_answer_once():
+    lengths = np.array([40, 3, 9, 1, 64, 8])
+    order = shortest_together(right_padded(lengths, 64), 2)
+    assert micro_batches(jnp.asarray(lengths)[order], 2).tolist() == [[1, 3], [8, 9], [40, 64]]
+
+
+@pytest.mark.parametrize(
+    ("longest", "axis", "expected"),
+    [(0, 64, 16), (16, 64, 16), (17, 64, 32), (32, 64, 32), (33, 64, 64), (64, 64, 64), (1, 31, 31), (1, 32, 16)],
+)
+def test_the_axis_is_the_shortest_that_holds_every_answer(longest, axis, expected):
+    assert int(at_shortest_axis(jnp.int32, right_padded([1, longest], axis))) == expected

@@ -14,6 +14,7 @@ from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import head_logits, response_hidden
 from ppo_jax.ops import losses
 from ppo_jax.ops.rewards import first_moments
+from ppo_jax.ops.streaming import shortest_together
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import Experience, TrainState
 from ppo_jax.update import Objective
@@ -26,10 +27,14 @@ KL_COEF = jnp.float32(0.3)
 
 @pytest.fixture(scope="module")
 def experience(tiny) -> Experience:
+    return some_experience(tiny, LENGTHS, axis=T)
+
+
+def some_experience(tiny, lengths, *, axis) -> Experience:
     """Answers whose old log-probs differ from the policy's, so that some tokens are clipped."""
     batch = pad_left(PROMPTS, [tiny.model.tokenizer(text)["input_ids"] for text in PROMPTS])
     rng = np.random.default_rng(3)
-    mask = np.arange(T)[None] < LENGTHS[:, None]
+    mask = np.arange(axis)[None] < lengths[:, None]
     made = Experience(
         prompt_tokens=jnp.asarray(batch.tokens),
         prompt_mask=jnp.asarray(batch.mask),
@@ -195,6 +200,25 @@ def test_any_partition_into_micro_batches_takes_the_same_step(tiny, experience, 
     gradients = [loss_and_gradients(tiny, experience, make_objective(tiny, micro=m))[2] for m in (6, micro)]
     assert largest_difference(*gradients) < 1e-6
     assert largest_difference(whole, parts) <= 2e-3
+
+
+def test_a_ragged_minibatch_in_micro_batches_of_their_own_length_has_the_gradient_of_the_whole(tiny, monkeypatch):
+    axes, lengths = set(), np.array([20, 16, 1, 32, 9, 17])
+    ragged = some_experience(tiny, lengths, axis=32)
+
+    def seen(params, prompt_tokens, prompt_mask, response_tokens, *rest, **options):
+        axes.add(response_tokens.shape[1])
+        return response_hidden(params, prompt_tokens, prompt_mask, response_tokens, *rest, **options)
+
+    monkeypatch.setattr(update, "response_hidden", seen)
+    order = shortest_together(ragged.response_mask, 2)  # 1 and 9, 16 and 17, 20 and 32 tokens
+    in_order = jax.tree.map(lambda x: x[order], ragged)
+    whole, parts = (loss_and_gradients(tiny, in_order, make_objective(tiny, micro=m)) for m in (6, 2))
+    assert axes == {16, 32}
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(whole[2]))
+    assert largest_difference(parts[2], whole[2]) < 1e-5 * scale
+    assert int(parts[1]["tokens"]) == lengths.sum()
 
 
 def test_rematerialisation_changes_no_gradient(tiny, experience):

@@ -6,14 +6,17 @@ one row of it, so the rows are taken a few hundred at a time, and the same funct
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 # Bytes of float32 logits that one block may hold; a head's block then fits a GPU's or CPU's fast memory comfortably.
 BLOCK_BYTES = 128 * 2**20
+# A response axis is not halved below this: the prompt, and reading the weights, then cost more than what is saved.
+SHORTEST_AXIS = 16
 
 
 def rows_per_block(vocab_size: int, *, devices: int = 1) -> int:
@@ -63,3 +66,31 @@ def micro_batches(tree: Any, size: int) -> Any:
 def merge_micro_batches(tree: Any) -> Any:
     """The inverse of `micro_batches`: [n, size, ...] to [B, ...]."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def shortest_together(response_mask: Bool[Array, "B T"], size: int) -> Int[Array, " B"]:
+    """The order of the rows for which `micro_batches` has the shortest answers first and the longest last.
+
+    Answers of one length are computed without padding, however ragged the batch is; which rows share a micro-batch
+    changes no number but for rounding.
+    """
+    by_length = jnp.argsort(jnp.sum(response_mask, axis=1), stable=True)
+    return by_length.reshape(-1, size).T.reshape(-1)
+
+
+def at_shortest_axis(function: Callable[[int], Any], response_mask: Bool[Array, "B T"]) -> Any:
+    """`function(length)` of the shortest of T / 4, T / 2 and T that holds every answer of these rows.
+
+    All of them are compiled, one is computed; what they return has one shape. The mask is right-padded.
+    """
+    whole = response_mask.shape[1]
+    lengths = [length for length in (whole // 4, whole // 2) if length >= SHORTEST_AXIS] + [whole]
+    needed = jnp.max(jnp.sum(response_mask, axis=1))
+    too_short = sum((needed > length).astype(jnp.int32) for length in lengths[:-1])
+    return jax.lax.switch(too_short, [partial(function, length) for length in lengths])
+
+
+def with_length(x: Array, length: int) -> Array:
+    """[B, T, ...] as [B, length, ...]: cut, or followed by zeros."""
+    kept = x[:, :length]
+    return jnp.pad(kept, [(0, 0), (0, length - kept.shape[1])] + [(0, 0)] * (x.ndim - 2))
