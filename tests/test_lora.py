@@ -18,7 +18,7 @@ from ppo_jax.models import hf_io, lora, peft_io
 from ppo_jax.models.decoder import cast, head_logits, hidden_states
 
 # Modules with several layers of ours (c_attn, qkv_proj, gate_up_proj, and query_key_value head by head), stored (in,
-# out) and (out, in), heads that are tied and that are not. GPT-2 of transformers alone is float64 throughout when asked.
+# out) and (out, in), heads that are tied and that are not. GPT-2 of transformers alone is float64 throughout.
 CASES = {
     "llama": ("float32", ["q_proj", "v_proj", "down_proj", "lm_head"]),
     "llama-tied": ("float32", ["k_proj", "o_proj", "gate_proj", "up_proj", "lm_head"]),
@@ -37,7 +37,7 @@ def relative_error(found, expected):
 
 @pytest.fixture(scope="module")
 def adapted(hf_directory, tmp_path_factory):
-    """(model of peft with a random adapter, its directory, the base as ModelDirectory) of a name in CASES, made once."""
+    """(model of peft with a random adapter, its directory, the base as ModelDirectory) of a name in CASES."""
 
     @functools.cache
     def make(name):

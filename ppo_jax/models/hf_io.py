@@ -286,7 +286,7 @@ def _write_model(partial: Path, model: ModelDirectory, params: Params, *, dtype)
     config.pop("torch_dtype", None)
     config.pop("auto_map", None)  # the code it points to stays behind
     config["dtype"] = jnp.dtype(dtype).name
-    if model.spec.tied_head != model.config.tie_word_embeddings:  # an adapter on a tied head was merged into it
+    if model.spec.tied_head != bool(model.config.tie_word_embeddings):  # an adapter on a tied head was merged into it
         config["tie_word_embeddings"] = model.spec.tied_head
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.tokenizer.save_pretrained(partial)
