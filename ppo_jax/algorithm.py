@@ -15,6 +15,7 @@ import optax
 from ppo_jax.config import Config, RewardConfig
 from ppo_jax.models.critic import model_values, trunk_values
 from ppo_jax.models.decoder import DecoderSpec
+from ppo_jax.models.lora import Adapter
 from ppo_jax.ops import advantages, kl, losses, masking, rewards
 from ppo_jax.records import TRUNCATED, Rollout, Scored
 from ppo_jax.update import CriticObjective, Objective, make_optimizer, make_optimizer_with_critic
@@ -184,8 +185,11 @@ def pick_estimator(config: Config) -> Callable[..., tuple[jax.Array, jax.Array |
 # -------------------------------------------------------------------------------------------- step 6: loss, optimizer
 
 
-def make_objective(config: Config, spec: DecoderSpec, critic_spec: DecoderSpec | None = None) -> Objective:
-    """The objective of a run; `critic_spec` is that of a critic with a trunk of its own."""
+def make_objective(
+    config: Config, spec: DecoderSpec, critic_spec: DecoderSpec | None = None, adapter: Adapter | None = None
+) -> Objective:
+    """The objective of a run; `critic_spec` is that of a critic with a trunk of its own, `adapter` what is trained of
+    the policy where that is not the whole of it."""
     policy_loss, clipping_acts = pick_policy_loss(
         config.update.clip_eps, config.update.clip_eps_high, config.update.dual_clip
     )
@@ -198,6 +202,7 @@ def make_objective(config: Config, spec: DecoderSpec, critic_spec: DecoderSpec |
         loss_kl=LOSS_KL[config.kl.form],
         entropy_coef=config.update.entropy_coef,
         critic=pick_critic(config, critic_spec),
+        adapter=adapter,
         compute_dtype=config.model.compute_dtype,
         micro_batch_size=config.micro_batch_size,
         remat=config.update.remat,

@@ -22,6 +22,8 @@ from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params
 from ppo_jax.models.heads import critic_spec, load_critic, zero_value_head
 from ppo_jax.models.hf_io import ModelDirectory
+from ppo_jax.models.lora import Adapter, first_lora, laid_over, make_adapter
+from ppo_jax.models.peft_io import AdapterDirectory, load_lora, open_adapter
 from ppo_jax.monitor.invariants import digest
 from ppo_jax.monitor.sinks import check_sinks
 from ppo_jax.ops.rewards import first_moments
@@ -46,6 +48,7 @@ class Run:
     lock: RunLock  # on the directory, held since it was first written or read
     mesh: jax.sharding.Mesh
     model: ModelDirectory
+    adapter: Adapter | None  # where one is what is trained of the policy; it is laid over the reference
     ref_params: Params  # frozen, in the compute dtype
     prompts: Prompts
     fixed_prompts: Prompts
@@ -95,14 +98,14 @@ def _build(
         check_resumable(directory, from_python)
     check_sinks(config.monitor)
     model = open_model(config)
+    source, adapter = open_lora(config, model)
     loaded_prompts, held_out = load_split(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
     fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
     check_tokens(config, model, loaded_prompts, fixed_prompts, *([] if held_out is None else [held_out]))
     _float32_means_float32(config)
     with jax.set_mesh(mesh):
         endings = make_endings(config, model)
-        initial = hf_io.load_params(model.path, model.config, model.spec, place=partial(sharding.place_param, mesh))
-        ref_params = copy_params(initial, config.model.compute_dtype)
+        initial, ref_params = first_policy(config, model, source, adapter, mesh)
         reference_digest = digest(ref_params)
         spec_of_critic, critic = first_critic(config, model, initial, mesh)
     optimizer = pick_optimizer(config)
@@ -112,6 +115,7 @@ def _build(
         lock=lock,
         mesh=mesh,
         model=model,
+        adapter=adapter,
         ref_params=ref_params,
         prompts=loaded_prompts,
         fixed_prompts=fixed_prompts,
@@ -120,7 +124,7 @@ def _build(
         sampling=make_sampling(config),
         endings=endings,
         algorithm=pick_algorithm(config),
-        objective=make_objective(config, model.spec, spec_of_critic),
+        objective=make_objective(config, model.spec, spec_of_critic, adapter),
         optimizer=optimizer,
     )
     start = partial(first_state, optimizer=optimizer, kl_coef=config.kl.coef)
@@ -139,6 +143,44 @@ def _build(
     return run, state
 
 
+def open_lora(config: Config, model: ModelDirectory) -> tuple[AdapterDirectory | None, Adapter | None]:
+    """The directory that an adapter starts from, and the adapter, each where there is one; without weights."""
+    lora = config.lora
+    if lora.path is not None:
+        source = open_adapter(lora.path, model)
+        return source, source.adapter
+    if lora.rank == 0:
+        return None, None
+    scale = 1.0 if lora.alpha is None else lora.alpha / lora.rank
+    return None, make_adapter(
+        model.config, model.spec, rank=lora.rank, scale=scale, targets=lora.targets, where="lora.targets"
+    )
+
+
+def first_policy(
+    config: Config,
+    model: ModelDirectory,
+    source: AdapterDirectory | None,
+    adapter: Adapter | None,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Params, Params]:
+    """(what is trained of the policy, float32; the reference in the compute dtype).
+
+    The whole model and a copy of it; or an adapter, and the only copy of the base, with the adapter that the run starts
+    from over it, frozen: without it the reference would not be the model that was fine-tuned so far.
+    """
+    dtype, place = config.model.compute_dtype, partial(sharding.place_param, mesh)
+    load = partial(hf_io.load_params, model.path, model.config, model.spec, place=place)
+    if adapter is None:
+        initial = load()
+        return initial, copy_params(initial, dtype)
+    base = load(dtype=dtype)
+    if source is None:
+        return {"lora": first_lora(adapter, seed=config.run.seed)}, base
+    lora = load_lora(source, model, place=place)
+    return {"lora": lora}, laid_over(base, copy_params(lora, "float32"), adapter)
+
+
 @partial(jax.jit, static_argnames="dtype")
 def copy_params(params: Params, dtype: str) -> Params:
     """Parameters in a dtype and in memory of their own: the policy's buffers are donated to every update."""
@@ -153,8 +195,10 @@ def first_critic(
         return None, {}
     if config.critic.kind == "value_head":
         return None, {"critic": {"head": zero_value_head(model.spec.width)}}
+    # Beside an adapter there is no float32 model in memory to copy: its critic is read from the files.
+    path = str(model.path) if config.critic.path is None and "lora" in initial else config.critic.path
     spec, critic = load_critic(
-        config.critic.path,
+        path,
         model,
         initial,
         place=partial(sharding.place_param, mesh),

@@ -70,6 +70,8 @@ def run(arguments: Sequence[str]) -> None:
         )
     print(f"Stopped: {result.stop_reason}.")
     print(f"Run: {result.directory}\nPolicy, in Hugging Face format: {result.policy_directory}")
+    if result.adapter_directory is not None:
+        print(f"Adapter, in PEFT format: {result.adapter_directory}")
 
 
 def _parser() -> argparse.ArgumentParser:

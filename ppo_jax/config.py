@@ -66,6 +66,25 @@ class ModelConfig(Section, frozen=True):
     )
 
 
+class LoraConfig(Section, frozen=True):
+    rank: NonNegative = Field(
+        default=0, description="rank of an adapter that is trained in place of the model; 0 trains the whole model"
+    )
+    alpha: PositiveFloat | None = Field(
+        default=None, description="α: what the adapter adds is scaled by α / rank; null is the rank"
+    )
+    targets: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = Field(
+        default=("all-linear",),
+        description="modules of the Hugging Face model that the adapter is on, by the ends of their names (q_proj, "
+        "lm_head); all-linear is all but the head",
+    )
+    path: NonEmpty | None = Field(
+        default=None,
+        description="PEFT adapter to start from, a directory or hub id, which has its own rank, α and targets; the "
+        "reference is the model with it as it is",
+    )
+
+
 class PromptsConfig(Section, frozen=True):
     path: NonEmpty = Field(
         default=EMBEDDED, description="JSONL, JSON, CSV, parquet or text file, a datasets hub id, or 'embedded'"
@@ -321,6 +340,7 @@ class Config(Section, frozen=True):
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     prompts: PromptsConfig = PromptsConfig()
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()

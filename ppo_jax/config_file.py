@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ppo_jax.config import Config, RewardConfig, known_keys
+from ppo_jax.config import Config, LoraConfig, RewardConfig, known_keys
 from ppo_jax.errors import UserError
 
 
@@ -138,6 +138,7 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"rollout.min_new_tokens ({rollout.min_new_tokens}) must be at most rollout.max_new_tokens "
             f"({rollout.max_new_tokens})",
         )
+    yield from _adapter_misfits(config)
     yield from _algorithm_misfits(config)
     yield from _prompt_misfits(config)
     steps = config.run.iterations * config.optimizer_steps_per_iteration
@@ -152,6 +153,24 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ),
             f"update.warmup_steps ({update.warmup_steps}) must be below the run's {steps} optimizer steps",
         )
+
+
+def _adapter_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What says how an adapter begins needs a new one: an old one has its own rank, α and targets."""
+    lora, fields = config.lora, LoraConfig.model_fields
+    changed = [key for key in ("rank", "alpha", "targets") if getattr(lora, key) != fields[key].default]
+    if lora.path is not None:
+        for key in changed:
+            yield (
+                (f"lora.{key}", "lora.path"),
+                f"lora.{key} ({getattr(lora, key)}) cannot be chosen with lora.path: that adapter has its own",
+            )
+    elif lora.rank == 0:
+        for key in changed:
+            yield (
+                (f"lora.{key}", "lora.rank"),
+                f"lora.{key} ({getattr(lora, key)}) has no use without lora.rank: the whole model is trained",
+            )
 
 
 OF_A_CRITIC = ("gae", "whitened_gae")

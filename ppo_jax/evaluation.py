@@ -63,6 +63,7 @@ def _answered(
             temperature=config.rollout.temperature,
             compute_dtype=config.model.compute_dtype,
             micro_batch_size=config.micro_batch_size,
+            adapter=run.adapter,
         )
         read = partial(sharding.read, run.mesh)
         tokens += list(read(answers.response_tokens))

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from ppo_jax.algorithm import make_objective, pick_optimizer
 from ppo_jax.config import Config
 from ppo_jax.models.decoder import Params, abstract_params, parameter_count
 from ppo_jax.models.hf_io import ModelDirectory
+from ppo_jax.models.lora import Adapter, abstract_lora, laid_over
 from ppo_jax.processes import is_lead
 from ppo_jax.prompts import load_split
 from ppo_jax.records import Experience, Rollout
@@ -38,16 +40,31 @@ def print_plan(config: Config, *, resume: bool) -> None:
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     longest = prompts.batch(0, len(prompts.texts)).tokens.shape[1]
     params = abstract_params(model.spec)
+    trained, _, adapter = abstract_policy(config, model)
+    size = f"{parameter_count(trained) / 1e6:.2f} M"
+    of_adapter = "" if adapter is None else f", of which none is trained, but {size} of an adapter"
     console = Console(quiet=not is_lead())
     console.print(
-        f"{model.path}: {parameter_count(params) / 1e6:.1f} M parameters, {len(prompts.texts)} prompts of up to "
-        f"{longest} tokens (padded). An iteration: {batch} answers of up to {length} tokens, "
+        f"{model.path}: {parameter_count(params) / 1e6:.1f} M parameters{of_adapter}, {len(prompts.texts)} prompts of "
+        f"up to {longest} tokens (padded). An iteration: {batch} answers of up to {length} tokens, "
         f"{config.optimizer_steps_per_iteration} optimizer steps of {config.update.minibatch_size} answers, "
         f"{config.micro_batch_size} at a time. {config.run.iterations} iterations. Mesh: {dict(mesh.shape)}."
     )
     compiled = compile_stages(config, model, mesh, prompt_length=longest)
     console.print(_memory_table(config, model, mesh, compiled))
     console.print(_time_table(config, params, mesh, prompt_length=longest))
+
+
+def abstract_policy(config: Config, model: ModelDirectory) -> tuple[Params, Params, Adapter | None]:
+    """`build.first_policy` as shapes and dtypes, and the adapter; no weights are loaded."""
+    source, adapter = build.open_lora(config, model)
+    reference = abstract_params(model.spec, config.model.compute_dtype)
+    if adapter is None:
+        return abstract_params(model.spec), reference, None
+    lora = abstract_lora(adapter)
+    if source is not None:
+        reference = jax.eval_shape(partial(laid_over, adapter=adapter), reference, lora)
+    return {"lora": lora}, reference, adapter
 
 
 def compile_stages(
@@ -58,9 +75,9 @@ def compile_stages(
     prompts = batch // config.rollout.answers_per_prompt
     optimizer, dtype = pick_optimizer(config), config.model.compute_dtype
     critic_spec, critic = build.abstract_critic(config, model)
-    params = sharding.abstract(mesh, abstract_params(model.spec) | critic)
-    objective = make_objective(config, model.spec, critic_spec)
-    reference = sharding.abstract(mesh, abstract_params(model.spec, dtype))
+    trained, reference, adapter = abstract_policy(config, model)
+    params, reference = sharding.abstract(mesh, trained | critic), sharding.abstract(mesh, reference)
+    objective = make_objective(config, model.spec, critic_spec, adapter)
     opt_state = sharding.abstract(mesh, jax.eval_shape(optimizer.init, params))
 
     def array(dtype: Any, *shape: int) -> Any:
@@ -100,6 +117,8 @@ def compile_stages(
                 spec=model.spec,
                 sampling=build.make_sampling(config),
                 compute_dtype=dtype,
+                ref_params=reference,
+                adapter=adapter,
             ).compile(),
             "score": scoring.score.lower(
                 params,
@@ -112,6 +131,7 @@ def compile_stages(
                 keep_ref_hidden=objective.loss_kl is not None,
                 values=objective.values,
                 bootstrap=config.critic.bootstrap_truncated,
+                adapter=adapter,
             ).compile(),
             "update": update.ppo_step.lower(
                 params,
@@ -135,13 +155,13 @@ def device_bytes(mesh: jax.sharding.Mesh, params: Params) -> int:
 
 
 def _memory_table(config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, compiled: dict[str, Any]) -> Table:
-    params = abstract_params(model.spec)
-    reference = abstract_params(model.spec, config.model.compute_dtype)
+    params, reference, adapter = abstract_policy(config, model)
+    what = "policy" if adapter is None else "adapter"
     table = Table(title=f"Memory of one device: {jax.devices()[0].device_kind}", title_justify="left")
     table.add_column("what")
     table.add_column("GB", justify="right")
     held = {
-        "policy, float32 masters": device_bytes(mesh, params),
+        f"{what}, float32 masters": device_bytes(mesh, params),
         "two moments of AdamW, float32": 2 * device_bytes(mesh, params),
         f"reference, {config.model.compute_dtype}": device_bytes(mesh, reference),
     }

@@ -22,6 +22,7 @@ from ppo_jax.models.decoder import (
     head_logits,
     positions_from_mask,
 )
+from ppo_jax.models.lora import Adapter, policy_params
 from ppo_jax.ops.logprobs import log_distribution
 from ppo_jax.ops.sampling import inverse_cdf, truncated_weights
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout
@@ -65,7 +66,7 @@ class _Progress:
     running: Bool[Array, " B"]
 
 
-@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype"))
+@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype", "adapter"))
 def generate(
     params: Params,
     prompt_tokens: Int[Array, "N P"],
@@ -77,14 +78,17 @@ def generate(
     spec: DecoderSpec,
     sampling: Sampling,
     compute_dtype: str,
+    ref_params: Params = None,
+    adapter: Adapter | None = None,
 ) -> Rollout:
     """B answers to N left-padded prompts, B / N to each, in prompt order; answers to one prompt share its prefill.
 
     `uniforms[b, t]` in [0, 1) decides token t of row b and nothing else, so a row does not depend on its neighbours.
+    The reference is needed where an `adapter` is what `params` hold.
     """
     (prompts, length), (batch, max_new) = prompt_tokens.shape, uniforms.shape
     note_compilation("rollout", B=batch, P=length, T=max_new)
-    params = cast(params, compute_dtype)  # once, not in every step of the loop
+    params = cast(policy_params(params, ref_params, adapter), compute_dtype)  # once, not in every step of the loop
     prompt_tokens, prompt_mask, uniforms = by_rows((prompt_tokens, prompt_mask, uniforms))
     per_answer = partial(jnp.repeat, repeats=batch // prompts, axis=0)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ppo_jax.models.critic import cast_trunks
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
+from ppo_jax.models.lora import Adapter, policy_params
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.masking import zero_masked
@@ -42,6 +43,7 @@ from ppo_jax.tracing import note_compilation
         "keep_ref_hidden",
         "values",
         "bootstrap",
+        "adapter",
     ),
 )
 def score(
@@ -56,6 +58,7 @@ def score(
     keep_ref_hidden: bool = False,
     values: Callable[..., Float[Array, "B T"]] | None = None,
     bootstrap: bool = False,
+    adapter: Adapter | None = None,
 ) -> Scored:
     """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
 
@@ -63,14 +66,15 @@ def score(
     one of the update, not the rollout's, so that the ratio of the first optimizer step is 1. With `keep_ref_hidden` the
     reference's hidden states come along, in the compute dtype: its distribution, B x T x V numbers, is never stored.
     `values` is a critic's function of (params, policy's hidden states, sequences); with `bootstrap` the states behind
-    truncated answers are valued too.
+    truncated answers are valued too. With an `adapter`, `params` hold it and it is laid over the reference.
     """
     batch, length = rollout.response_tokens.shape
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
     params, ref_params = cast_trunks(params, compute_dtype), cast(ref_params, compute_dtype)
 
     def score_answers(answers):
-        (policy, reference), answers = gather_again((params, ref_params), answers)
+        (trained, reference), answers = gather_again((params, ref_params), answers)
+        policy = policy_params(trained, reference, adapter)
         *sequences, truncated = answers
 
         def at_length(short):

@@ -30,6 +30,8 @@ RULES = (
     (r"(^|/)(o|down)/kernel$", ("tensor", "fsdp")),  # their input is what tensor splits
     (r"(^|/)kernel$", ("fsdp", "tensor")),  # q, k, v, up, gate: their output is what tensor splits
     (r"(^|/)(q|k|v|up|gate)/bias$", ("tensor",)),
+    (r"lora_a$", (("fsdp", "tensor"), None)),  # [in, rank]
+    (r"lora_b$", (None, ("fsdp", "tensor"))),  # [rank, out]
 )
 
 

@@ -27,9 +27,8 @@ from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
+from ppo_jax.export import export_policy
 from ppo_jax.interruption import noted_signals
-from ppo_jax.models.critic import split_critic
-from ppo_jax.models.hf_io import save_model
 from ppo_jax.monitor import invariants, metrics, samples
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.console import View, print_samples
@@ -50,6 +49,7 @@ class RunResult:
 
     directory: Path
     policy_directory: Path  # Hugging Face format
+    adapter_directory: Path | None  # PEFT format, where an adapter was trained
     metrics: list[dict[str, Any]]  # one object per iteration, as in metrics.jsonl
     state: TrainState
     stop_reason: str
@@ -86,6 +86,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             keep_ref_hidden=run.objective.loss_kl is not None,
             values=run.objective.values,
             bootstrap=config.critic.bootstrap_truncated,
+            adapter=run.adapter,
         )
         jax.block_until_ready(scored)
     with clock.phase("reward_wait"), together("the reward"):
@@ -157,6 +158,8 @@ def answer(
         spec=run.model.spec,
         sampling=run.sampling,
         compute_dtype=run.config.model.compute_dtype,
+        ref_params=run.ref_params,
+        adapter=run.adapter,
     )
     longest = int(jnp.max(jnp.sum(answers.response_mask, axis=1)))
     return rollout.crop(answers, bucket(longest, smallest=8, largest=config.max_new_tokens))
@@ -216,12 +219,10 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
         log.info("stopped: %s; compilations: %s", stop_reason, dict(compilations))
     if config.checkpoint.save_every:
         checkpoints.save(state)
-    policy_directory = run.directory / "policy"
-    policy = sharding.read_on_lead(run.mesh, split_critic(state.params)[0])
-    from_lead(lambda: save_model(policy_directory, run.model, policy, dtype=config.model.export_dtype))
+    exported = export_policy(run, state)
     checkpoints.finish()
     from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
-    return RunResult(run.directory, policy_directory, history, state, stop_reason)
+    return RunResult(run.directory, *exported, history, state, stop_reason)
 
 
 def warn(messages: list[str]) -> None:

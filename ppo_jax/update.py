@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ppo_jax.config import Config, UpdateConfig
 from ppo_jax.models.critic import cast_trunks, split_critic
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
+from ppo_jax.models.lora import Adapter, policy_params
 from ppo_jax.ops import kl, losses, masking
 from ppo_jax.ops.logprobs import entropy, token_logprobs
 from ppo_jax.ops.randomness import Purpose, purpose_key
@@ -52,6 +53,7 @@ class Objective:
     loss_kl: Callable[..., Float[Array, " rows"]] | None = None
     entropy_coef: float = 0.0
     critic: "CriticObjective | None" = None
+    adapter: Adapter | None = None  # where one is what is trained; it is laid over the reference
 
     @property
     def values(self) -> Callable[..., Float[Array, "B T"]] | None:
@@ -144,6 +146,7 @@ class Terms(NamedTuple):
 def loss_terms(params: Params, ref_params: Params, experience: Experience, objective: Objective) -> Terms:
     """`Terms` of some answers; the heads of policy and reference are streamed together, as in scoring."""
     params, ref_params = cast_trunks(params, objective.compute_dtype), cast(ref_params, objective.compute_dtype)
+    params = policy_params(params, ref_params, objective.adapter)
     mask, temperature, spec = experience.response_mask, objective.temperature, objective.spec
     sequences = (experience.prompt_tokens, experience.prompt_mask, experience.response_tokens, mask)
     hidden = response_hidden(params, *sequences, spec=spec, remat=objective.remat)

@@ -33,6 +33,8 @@ VADER = "ppo_jax.rewards.sentiment:vader_compound"
 ONLY = {
     "rollout.stop_strings": [],
     "model.compute_dtype": "float32",
+    "lora.rank": 0,
+    "lora.path": None,
     "prompts.form": "text",
     "prompts.evaluation_fraction": 0.0,
     "reward.model": None,

@@ -1,9 +1,11 @@
 """The example configs, run as they are but for their size."""
 
+import json
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,6 +47,19 @@ def test_several_rewards_with_columns_and_held_out_prompts(tmp_path, monkeypatch
         assert row["score/mean"] == pytest.approx(mood + 0.5 * brevity + 2 * wanted - unwanted, abs=1e-5)
         assert 0.5 < brevity < 1
     assert [("evaluation/win_rate" in row) for row in result.metrics] == [False, True]
+
+
+def test_an_adapter_is_trained_in_place_of_the_embedded_model(tmp_path):
+    result = ppo_jax.fine_tune(load(ROOT / "configs/lora.yaml", SMALL | {"run.dir": str(tmp_path / "run")}))
+    assert [leaf.shape[1] for name, leaf in trained(result.state.params) if name.endswith("lora_a']")] == [8] * 28
+    first, second = result.metrics
+    assert first["kl/seq_nats"] < 1e-6 < second["kl/seq_nats"]
+    written = json.loads((result.adapter_directory / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (8, 16)
+
+
+def trained(params):
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def test_the_service_gives_the_scores_of_the_function_and_trains(service, tmp_path):

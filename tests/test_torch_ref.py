@@ -189,6 +189,8 @@ def test_beta_and_moments_go_from_iteration_to_iteration(config_file):
         ("prompts.form", "alpaca"),
         ("prompts.evaluation_fraction", 0.5),
         ("reward.model", "path"),
+        ("lora.rank", 4),
+        ("lora.path", "adapter"),
         ("reward.functions", {"a": "module:function"}),
         ("reward.weights", {"function": 2.0}),
         ("reward.url", "http://127.0.0.1:1/"),

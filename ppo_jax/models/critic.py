@@ -21,11 +21,14 @@ def split_critic(params: Params) -> tuple[Params, Any]:
 
 
 def cast_trunks(params: Params, dtype) -> Params:
-    """Policy and critic in the dtype that forward passes compute in; a value head stays as it is, in its masters'."""
+    """Policy and critic in the dtype that forward passes compute in. A value head stays as it is, in its masters', and
+    so does an adapter: it is cast where it is laid over the base.
+    """
     policy, critic = split_critic(params)
+    policy = policy if "lora" in policy else cast(policy, dtype)
     if critic is None:
-        return cast(policy, dtype)
-    return cast(policy, dtype) | {"critic": {**cast(critic, dtype), "head": critic["head"]}}
+        return policy
+    return policy | {"critic": {**cast(critic, dtype), "head": critic["head"]}}
 
 
 def trunk_values(params: Params, hidden: Float[Array, "B T D"], _: Sequences) -> Float[Array, "B T"]:

@@ -139,7 +139,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W + b with W stored (in, out)."""
+    """x W + b with W stored (in, out), and (x A) B beside it where an adapter is laid over the layer (see `lora`)."""
 
     features: int
     bias: bool
@@ -148,6 +148,8 @@ class Linear(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         out = x @ kernel
+        if self.has_variable("params", "lora_a"):
+            out = out + (x @ self.get_variable("params", "lora_a")) @ self.get_variable("params", "lora_b")
         return out + self.param("bias", nn.initializers.zeros, (self.features,))[None, None] if self.bias else out
 
 
@@ -330,12 +332,16 @@ def response_hidden(
 
 
 def head_logits(params: Params, hidden: Float[Array, "*rows D"], *, spec: DecoderSpec) -> Float[Array, "*rows V"]:
-    """Logits of hidden states, accumulated in float32 at least. A tied head is the embedding itself, not a copy."""
+    """Logits of hidden states, accumulated in float32 at least. A tied head is the embedding itself, not a copy; an
+    adapter on it adds to the logits alone."""
     wide = wide_dtype(hidden.dtype)
     if spec.tied_head:
         logits = jnp.einsum("...d,vd->...v", hidden, params["embed"], preferred_element_type=wide)
     else:
         logits = jnp.einsum("...d,dv->...v", hidden, params["head"], preferred_element_type=wide)
+    if "head_lora_a" in params:
+        low = jnp.einsum("...d,dr->...r", hidden, params["head_lora_a"])
+        logits += jnp.einsum("...r,rv->...v", low, params["head_lora_b"], preferred_element_type=wide)
     return soft_cap(logits, spec.logit_softcap)
 
 

@@ -23,6 +23,7 @@ from ppo_jax.models.families import FAMILIES, Tensor, family_of, spec_of, tensor
 
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 Place = Callable[[str, np.ndarray], jax.Array]  # puts the array of a parameter's path where it belongs
 
@@ -128,7 +129,7 @@ def load_params(
     if spec.tied_head and head in files:
         row = next(row for row in rows if row.params == ("embed",))
         embedding = _names_in_files(config, [row], files)[row.name]
-        if not np.array_equal(_read_tensor(files[head], head), _read_tensor(files[embedding], embedding)):
+        if not np.array_equal(read_tensor(files[head], head), read_tensor(files[embedding], embedding)):
             raise UserError(
                 f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {head} differs "
                 f"from {embedding}; set tie_word_embeddings to false to use it, or remove it from the file"
@@ -157,7 +158,7 @@ def load_tensors(
     params = {}
     for row in rows:
         name = names[row.name]
-        parts = _split_tensor(row, _read_tensor(files[name], name), shapes, heads)
+        parts = _split_tensor(row, read_tensor(files[name], name), shapes, heads)
         params |= {path: place(path, part.astype(dtype)) for path, part in parts}
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
@@ -178,7 +179,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor: one `model.safetensors`, or shards with an index."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():  # where both lie, transformers reads this one too
-        files = dict.fromkeys(_tensor_names(single), single)
+        files = dict.fromkeys(names_in(single), single)
     elif index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -203,7 +204,7 @@ def _lies_in(directory: Path, file: Path) -> bool:
     return file.parent == directory and file.is_file() and file.resolve().parent in homes
 
 
-def _tensor_names(file: Path) -> list[str]:
+def names_in(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="np") as reader:
             return list(reader.keys())
@@ -211,7 +212,7 @@ def _tensor_names(file: Path) -> list[str]:
         raise UserError(f"{file} is not a valid safetensors file: {error}") from error
 
 
-def _read_tensor(file: Path, name: str) -> np.ndarray:
+def read_tensor(file: Path, name: str) -> np.ndarray:
     try:
         with safe_open(file, framework="np") as reader:
             return reader.get_tensor(name)
@@ -225,11 +226,11 @@ def _check_names(directory: Path, expected: set[str], found: set[str], *, ignora
     if missing or unexpected:
         raise UserError(
             f"{directory}: the weights do not fit config.json, nothing was loaded. "
-            f"Missing tensors: {_listing(missing)}. Unexpected tensors: {_listing(unexpected)}."
+            f"Missing tensors: {listing(missing)}. Unexpected tensors: {listing(unexpected)}."
         )
 
 
-def _listing(names: list[str], most: int = 12) -> str:
+def listing(names: list[str], most: int = 12) -> str:
     shown = ", ".join(names[:most]) or "none"
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -240,7 +241,7 @@ def _split_tensor(
     widths = [shapes[path][-1] for path in row.params]
     expected = (*shapes[row.params[0]][:-1], sum(widths))
     expected = expected[::-1] if row.transpose else expected
-    if stored.shape != expected or stored.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+    if stored.shape != expected or stored.dtype.name not in FLOATS:
         raise UserError(
             f"tensor {row.name} is {stored.dtype.name}{list(stored.shape)}; config.json asks for floating-point "
             f"{list(expected)}"
@@ -285,6 +286,8 @@ def _write_model(partial: Path, model: ModelDirectory, params: Params, *, dtype)
     config.pop("torch_dtype", None)
     config.pop("auto_map", None)  # the code it points to stays behind
     config["dtype"] = jnp.dtype(dtype).name
+    if model.spec.tied_head != bool(model.config.tie_word_embeddings):  # an adapter on a tied head was merged into it
+        config["tie_word_embeddings"] = model.spec.tied_head
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.tokenizer.save_pretrained(partial)
     if (model.path / GENERATION_CONFIG).is_file():

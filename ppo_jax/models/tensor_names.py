@@ -5,6 +5,7 @@ A row is used where the model has its parameters, so one table serves models wit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +34,15 @@ class Tensor:
 
     def split(self, stored: np.ndarray, widths: Sequence[int], heads: int) -> list[np.ndarray]:
         """The inverse of `join`, for parameters of the given output widths."""
-        value = stored.T if self.transpose else stored
+        return self.columns(stored.T if self.transpose else stored, widths, heads)
+
+    def columns(self, value: Any, widths: Sequence[int], heads: int) -> list[Any]:
+        """The columns of each parameter in an array [.., out] of NumPy or JAX that has the order of the files."""
         if self.per_head:
             by_head = value.reshape(*value.shape[:-1], heads, len(widths), -1)
             return [by_head[..., part, :].reshape(*value.shape[:-1], -1) for part in range(len(widths))]
-        return np.split(value, np.cumsum(widths)[:-1], axis=-1)
+        ends = np.cumsum(widths).tolist()
+        return [value[..., end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def linear(name: str, *params: str, per_head: bool = False) -> tuple[Tensor, ...]:
