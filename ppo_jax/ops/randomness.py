@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     SHUFFLE = 1
     FIXED_PROMPTS = 2
     EVALUATION = 3
+    GENERATE = 4
 
 
 def purpose_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> UInt32[Array, " key"]:
