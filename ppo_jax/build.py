@@ -55,7 +55,7 @@ class Run:
     endings: Endings
     algorithm: Algorithm  # steps 4 and 5
     objective: Objective  # step 6
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
     @property
     def prompts_per_iteration(self) -> int:
