@@ -54,6 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "update.entropy_coef": 0.01,
         "update.importance_cap": 1.0,
         "update.max_approx_kl_nats": 0.05,
+        "update.schedule": "linear",  # which does not wait for the steps that are left out
     },
     "value head": {
         "advantage.estimator": "gae",

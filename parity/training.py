@@ -135,6 +135,7 @@ def optimizer(pair: Pair) -> Iterator[Row]:
                 batch,
                 jnp.arange(ANSWERS),
                 kl_coef,
+                jnp.asarray(step - 1, jnp.int32),
                 optimizer=both.optimizer,
                 objective=both.objective,
             )
@@ -144,6 +145,7 @@ def optimizer(pair: Pair) -> Iterator[Row]:
                 pair.ref_model,
                 twin_batch,
                 KL_COEF,
+                step - 1,
                 objective=both.twin_objective,
                 critic_optimizer=both.twin_critic_optimizer,
             )

@@ -143,7 +143,7 @@ class JaxSide:
         self.next_kl_coef = self.algorithm.next_kl_coef(self.kl_coef, measured["kl/seq_nats"])
         return named(measured)
 
-    def step(self, rows: np.ndarray) -> Named:
+    def step(self, rows: np.ndarray, planned_step: int) -> Named:
         """One optimizer step on these answers; its statistics."""
         self.both.params, self.both.opt_state, stats = update.ppo_step(
             self.both.params,
@@ -152,6 +152,7 @@ class JaxSide:
             self.experience,
             rows,
             self.kl_coef,
+            jnp.asarray(planned_step, jnp.int32),
             optimizer=self.both.optimizer,
             objective=self.both.objective,
         )
@@ -205,13 +206,14 @@ class TorchSide:
         self.next_kl_coef = self.algorithm.next_kl_coef(self.kl_coef, seq_kl)
         return {name: np.array(x) for name, x in measured.items()}
 
-    def step(self, rows: np.ndarray) -> Named:
+    def step(self, rows: np.ndarray, planned_step: int) -> Named:
         stats = torch_update.ppo_step(
             self.both.model,
             self.both.twin_optimizer,
             self.pair.ref_model,
             self.experience.rows(torch.from_numpy(rows)),
             self.kl_coef,
+            planned_step,
             objective=self.both.twin_objective,
             critic_optimizer=self.both.twin_critic_optimizer,
         )
@@ -244,7 +246,7 @@ def walk(pair: Pair, recipe: Recipe) -> tuple[Walk, Walk]:
             walked.metrics |= dated(iteration, side.answer(answers, seq_scores))
             for i, rows in enumerate(orders):
                 step = iteration * len(orders) + i
-                walked.statistics |= dated(step, side.step(rows))
+                walked.statistics |= dated(step, side.step(rows, step))
                 for kind, tensors in side.tensors().items():
                     walked.tensors[kind] |= dated(step, tensors)
     return walks

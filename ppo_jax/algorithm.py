@@ -265,7 +265,7 @@ def _value_loss(clip_eps: float | None) -> Callable[..., jax.Array]:
     return partial(losses.clipped_value_loss, clip_eps=float("inf") if clip_eps is None else clip_eps)
 
 
-def pick_optimizer(config: Config) -> optax.GradientTransformation:
+def pick_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     steps = config.optimizer_steps_per_iteration
     total_steps = config.run.iterations * steps
     if config.critic.kind == "none":

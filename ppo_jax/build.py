@@ -31,7 +31,7 @@ from ppo_jax.processes import from_lead
 from ppo_jax.prompts import Prompts, load_prompts, load_split
 from ppo_jax.records import TrainState
 from ppo_jax.rewards.classifier import load_reward_model
-from ppo_jax.rewards.source import Reward, RewardFunction, open_reward
+from ppo_jax.rewards.source import MODEL, Reward, RewardFunction, open_reward
 from ppo_jax.rollout import Endings, Sampling
 from ppo_jax.run_directory import check_reference, check_resumable, check_unused, run_directory, write_description
 from ppo_jax.run_lock import RunLock
@@ -58,7 +58,7 @@ class Run:
     endings: Endings
     algorithm: Algorithm  # steps 4 and 5
     objective: Objective  # step 6
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
     @property
     def prompts_per_iteration(self) -> int:
@@ -97,12 +97,13 @@ def _build(
         lock.acquire()
         check_resumable(directory, from_python)
     check_sinks(config.monitor)
+    opened_reward = open_reward(config.reward, reward)  # the functions are found before anything large is loaded
     model = open_model(config)
     source, adapter = open_lora(config, model)
     loaded_prompts, held_out = load_split(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
     fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
     check_tokens(config, model, loaded_prompts, fixed_prompts, *([] if held_out is None else [held_out]))
-    _float32_means_float32(config)
+    float32_means_float32(config)
     with jax.set_mesh(mesh):
         endings = make_endings(config, model)
         initial, ref_params = first_policy(config, model, source, adapter, mesh)
@@ -120,7 +121,7 @@ def _build(
         prompts=loaded_prompts,
         fixed_prompts=fixed_prompts,
         held_out=held_out,
-        reward=make_reward(config, mesh, reward),
+        reward=opened_reward if reward is not None else add_reward_model(opened_reward, config, mesh),
         sampling=make_sampling(config),
         endings=endings,
         algorithm=pick_algorithm(config),
@@ -235,14 +236,13 @@ def first_state(params: Params, *, optimizer: optax.GradientTransformation, kl_c
     )
 
 
-def make_reward(config: Config, mesh: jax.sharding.Mesh, given: RewardFunction | None) -> Reward:
-    """Step 2: a function that came from Python, or all sources that the config sets."""
-    if given is not None or config.reward.model is None:
-        return open_reward(config.reward, given)
+def add_reward_model(reward: Reward, config: Config, mesh: jax.sharding.Mesh) -> Reward:
+    """Step 2: the sources of `reward` and, where the config sets one, the reward model, whose weights are loaded."""
+    if config.reward.model is None:
+        return reward
     dtype, ignored = config.model.compute_dtype, config.model.ignored_config_fields
-    return open_reward(
-        config.reward, model=load_reward_model(config.reward, mesh, dtype=dtype, ignored_config_fields=ignored)
-    )
+    model = load_reward_model(config.reward, mesh, dtype=dtype, ignored_config_fields=ignored)
+    return replace(reward, sources=reward.sources | {MODEL: model})
 
 
 def make_sampling(config: Config) -> Sampling:
@@ -324,7 +324,7 @@ def _fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> P
     return replace(given, columns=columns)
 
 
-def _float32_means_float32(config: Config) -> None:
+def float32_means_float32(config: Config) -> None:
     """On a GPU JAX multiplies float32 matrices in TF32 (10 bits) unless told otherwise."""
     if config.model.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")

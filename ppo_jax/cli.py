@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ppo_jax import config_file
-from ppo_jax.config import sections
+from ppo_jax import config_file, generate_config
+from ppo_jax.config import EMBEDDED, Config, known_keys, sections
 from ppo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -19,16 +19,22 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit code 0 when the run ended as configured, 2 for anything the user can mend, 130 and 143 (128 + the signal)
     when Ctrl-C or SIGTERM ended it."""
+    _exiting(run, arguments, if_interrupted="--resume continues from the last checkpoint, if there is one")
+
+
+def generate_main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m ppo_jax.generate`; exit codes as of `main`."""
+    _exiting(generate, arguments, if_interrupted="the same command continues behind the last whole answer")
+
+
+def _exiting(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None, *, if_interrupted: str) -> None:
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"ppo-jax: {error}", file=sys.stderr, flush=True)  # other processes may keep this one waiting at its end
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print(
-            "ppo-jax: interrupted; --resume continues from the last checkpoint, if there is one",
-            file=sys.stderr,
-        )
+        print(f"ppo-jax: interrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -74,6 +80,40 @@ def run(arguments: Sequence[str]) -> None:
         print(f"Adapter, in PEFT format: {result.adapter_directory}")
 
 
+def generate(arguments: Sequence[str]) -> None:
+    options, rest = _generate_parser().parse_known_args(arguments)
+    overrides = {key: _yaml_value(text) for key, text in vars(options).items() if "." in key} | parse_overrides(rest)
+    if options.prompts is not None:
+        overrides["prompts.path"] = options.prompts
+    overrides["model.path"] = options.model
+    config = generate_config.load(options.config, overrides, scored=options.reward)
+    from ppo_jax.generate import generate
+
+    total, before = generate(config, Path(options.out), scored=options.reward)
+    print(f"{total} answers are in {options.out}" + (f", {before} of them from before." if before else "."))
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_jax.generate",
+        description="A model answers prompts: JSONL, one object per answer. After a kill the same command continues.",
+        epilog="These fields of a run's configuration can be set, values are YAML:\n"
+        + help_text(generate_config.GenerateConfig, generate_config.READ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"Hugging Face directory or hub id, RUN/policy, or {EMBEDDED!r}")
+    parser.add_argument("--prompts", metavar="FILE", help="the same as --prompts.path")
+    parser.add_argument("--out", metavar="FILE", default="answers.jsonl", help="where the answers go [answers.jsonl]")
+    parser.add_argument("--reward", action="store_true", help="also score the answers, as the reward section says")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the fields below, RUN/config.yaml for instance"
+    )
+    for key, _ in known_keys():  # known to the parser, so that MODEL may stand behind them
+        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ppo_jax.train",
@@ -100,12 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def help_text() -> str:
-    """Every field with its type, default and meaning."""
+def help_text(kind: type[Config] = Config, about: tuple[str, ...] = ("",)) -> str:
+    """Every field, or those whose keys begin as one of `about`, with its type, default and meaning."""
     lines = []
-    for name, section in sections():
-        lines.append(f"\n{name}:")
-        for key, field in section.model_fields.items():
+    for name, section in sections(kind):
+        fields = {key: field for key, field in section.model_fields.items() if f"{name}.{key}".startswith(about)}
+        lines += [f"\n{name}:"] if fields else []
+        for key, field in fields.items():
             kind = _type_name(field.annotation)
             lines.append(f"  --{name}.{key} {kind}  [{_shown(field.default)}]\n      {field.description}")
     return "\n".join(lines)
@@ -146,8 +187,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise UserError(f"{word} needs a value")
             text = rest.pop(0)
-        try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            overrides[key] = text
+        overrides[key] = _yaml_value(text)
     return overrides
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

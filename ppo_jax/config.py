@@ -365,10 +365,10 @@ class Config(Section, frozen=True):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def sections() -> Iterator[tuple[str, type[Section]]]:
+def sections(kind: type[Config] = Config) -> Iterator[tuple[str, type[Section]]]:
     """Name and type of every section."""
-    for name in Config.model_fields:
-        yield name, type(getattr(Config(), name))
+    for name in kind.model_fields:
+        yield name, type(getattr(kind(), name))
 
 
 def known_keys() -> Iterator[tuple[str, Any]]:

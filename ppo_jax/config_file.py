@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -20,31 +20,46 @@ def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None
     """
     values, where = {}, "overrides" if overrides else "defaults"
     if file is not None:
-        values, where = _read_yaml(Path(file)), f"{file}{' and overrides' if overrides else ''}"
-    for dotted, value in (overrides or {}).items():
+        values, where = read_yaml(Path(file)), f"{file}{' and overrides' if overrides else ''}"
+    override(values, overrides or {})
+    return parse(values, where=where)
+
+
+def override(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Put the values of dotted keys into nested dictionaries."""
+    for dotted, value in overrides.items():
         section, _, key = dotted.partition(".")
         if not key:
             values[section] = value
         elif isinstance(values.setdefault(section, {}), dict):  # else the file's section is reported as it is
             values[section][key] = value
-    return parse(values, where=where)
 
 
-def parse(values: dict[str, Any], *, where: str) -> Config:
-    """Validated config of nested dictionaries; `where` is named in the error."""
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def parse(
+    values: dict[str, Any], *, where: str, kind: type[AnyConfig] = Config, about: tuple[str, ...] = ("",)
+) -> AnyConfig:
+    """Validated config of nested dictionaries; `where` is named in the error.
+
+    How fields fit together is only asked of those whose keys begin as one of `about`.
+    """
     problems, bad_keys = [], set()
     try:
-        config = Config.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         for entry in error.errors():
             location = tuple(str(part) for part in entry["loc"][:2])
             bad_keys.add(".".join(location))
             problems.append(_describe(dict(entry)))
-        config = Config.model_validate(_without(values, bad_keys))
+        config = kind.model_validate(_without(values, bad_keys))
     problems += [
         text
         for keys, text in _misfits(config)
-        if not bad_keys.intersection(keys) and not bad_keys.intersection(key.partition(".")[0] for key in keys)
+        if all(key.startswith(about) for key in keys)
+        and not bad_keys.intersection(keys)
+        and not bad_keys.intersection(key.partition(".")[0] for key in keys)
     ]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -64,7 +79,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"--config: {file} (resolved: {file.absolute()}) is not a file")
     try:

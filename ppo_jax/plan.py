@@ -14,14 +14,16 @@ from rich.table import Table
 from ppo_jax import build, rollout, scoring, sharding, update
 from ppo_jax.algorithm import make_objective, pick_optimizer
 from ppo_jax.config import Config
-from ppo_jax.models.decoder import Params, abstract_params, parameter_count
+from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params, parameter_count
+from ppo_jax.models.heads import zero_value_head
 from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.models.lora import Adapter, abstract_lora, laid_over
 from ppo_jax.processes import is_lead
 from ppo_jax.prompts import load_split
 from ppo_jax.records import Experience, Rollout
-from ppo_jax.rewards.classifier import open_reward_model
+from ppo_jax.rewards.classifier import SMALLEST_BUCKET, last_token_values, open_reward_model
 from ppo_jax.run_directory import run_directory
+from ppo_jax.tracing import bucket
 
 GIGABYTE = 1e9
 
@@ -32,8 +34,7 @@ def print_plan(config: Config, *, resume: bool) -> None:
     sharding.check_batch(config, mesh.shape)
     run_directory(config, resume=resume)
     build.open_reward(config.reward)
-    if config.reward.model is not None:
-        open_reward_model(config.reward, ignored_config_fields=config.model.ignored_config_fields)
+    reward_spec = spec_of_reward_model(config)
     model = build.open_model(config)
     prompts, _ = load_split(config.prompts, model.tokenizer, seed=config.run.seed)
     build.check_tokens(config, model, prompts)
@@ -51,7 +52,9 @@ def print_plan(config: Config, *, resume: bool) -> None:
         f"{config.micro_batch_size} at a time. {config.run.iterations} iterations. Mesh: {dict(mesh.shape)}."
     )
     compiled = compile_stages(config, model, mesh, prompt_length=longest)
-    console.print(_memory_table(config, model, mesh, compiled))
+    if reward_spec is not None:
+        compiled["reward model"] = compile_reward_model(config, reward_spec, mesh, text_length=longest + length)
+    console.print(_memory_table(held_bytes(config, model, mesh, reward_spec), compiled))
     console.print(_time_table(config, params, mesh, prompt_length=longest))
 
 
@@ -140,6 +143,7 @@ def compile_stages(
                 experience,
                 array(jnp.int32, config.update.minibatch_size),
                 array(jnp.float32),
+                array(jnp.int32),
                 optimizer=optimizer,
                 objective=objective,
             ).compile(),
@@ -154,21 +158,57 @@ def device_bytes(mesh: jax.sharding.Mesh, params: Params) -> int:
     )
 
 
-def _memory_table(config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, compiled: dict[str, Any]) -> Table:
-    params, reference, adapter = abstract_policy(config, model)
-    what = "policy" if adapter is None else "adapter"
-    table = Table(title=f"Memory of one device: {jax.devices()[0].device_kind}", title_justify="left")
-    table.add_column("what")
-    table.add_column("GB", justify="right")
-    held = {
-        f"{what}, float32 masters": device_bytes(mesh, params),
-        "two moments of AdamW, float32": 2 * device_bytes(mesh, params),
-        f"reference, {config.model.compute_dtype}": device_bytes(mesh, reference),
+def spec_of_reward_model(config: Config) -> DecoderSpec | None:
+    """The trunk of `reward.model`, all but its weights checked; None where there is none."""
+    if config.reward.model is None:
+        return None
+    return open_reward_model(config.reward, ignored_config_fields=config.model.ignored_config_fields)[0].spec
+
+
+def compile_reward_model(config: Config, spec: DecoderSpec, mesh: jax.sharding.Mesh, *, text_length: int) -> Any:
+    """What scores a batch of texts, compiled for texts of so many tokens, or of as many as the reward model reads."""
+    own, size = sharding.own_mesh(mesh), config.reward.model_batch_size
+    largest = min(spec.max_positions, config.reward.model_max_tokens or spec.max_positions)
+    length = bucket(min(text_length, largest), smallest=SMALLEST_BUCKET, largest=spec.max_positions)
+    head = jax.eval_shape(partial(zero_value_head, spec.width))
+    with jax.set_mesh(own):
+        return last_token_values.lower(
+            sharding.abstract(own, abstract_params(spec, config.model.compute_dtype)),
+            sharding.abstract(own, head),
+            jax.ShapeDtypeStruct((size, length), jnp.int32),
+            jax.ShapeDtypeStruct((size, length), bool),
+            jax.ShapeDtypeStruct((size,), jnp.int32),
+            spec=spec,
+        ).compile()
+
+
+def held_bytes(
+    config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, reward_spec: DecoderSpec | None = None
+) -> dict[str, int]:
+    """What one device holds all along, in bytes."""
+    (params, reference, adapter), (_, critic) = abstract_policy(config, model), build.abstract_critic(config, model)
+    dtype = config.model.compute_dtype
+    held = {f"{'policy' if adapter is None else 'adapter'}, float32 masters": device_bytes(mesh, params)}
+    if critic:
+        held["critic, float32 masters"] = device_bytes(mesh, critic)
+    held |= {
+        "two moments of AdamW, float32": 2 * device_bytes(mesh, params | critic),
+        f"reference, {dtype}": device_bytes(mesh, reference),
     }
+    if reward_spec is not None:
+        own = sharding.own_mesh(mesh)
+        held[f"reward model, {dtype}"] = device_bytes(own, abstract_params(reward_spec, dtype))
     if config.kl.form != "k1":
         shape = (config.rollout.batch_size, config.rollout.max_new_tokens, model.spec.width)
         rows = math.prod(sharding.rows(mesh, shape).shard_shape(shape))
-        held["reference's last hidden states"] = rows * jnp.dtype(config.model.compute_dtype).itemsize
+        held["reference's last hidden states"] = rows * jnp.dtype(dtype).itemsize
+    return held
+
+
+def _memory_table(held: dict[str, int], compiled: dict[str, Any]) -> Table:
+    table = Table(title=f"Memory of one device: {jax.devices()[0].device_kind}", title_justify="left")
+    table.add_column("what")
+    table.add_column("GB", justify="right")
     temporary = {f"while in {name}": stage.memory_analysis().temp_size_in_bytes for name, stage in compiled.items()}
     for what, size in (held | temporary).items():
         table.add_row(what, f"{size / GIGABYTE:.3f}")

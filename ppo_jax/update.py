@@ -72,7 +72,7 @@ class CriticObjective:
 def learning_rate(
     step: int | Int[Array, ""], *, peak: float, schedule: str, warmup_steps: int, total_steps: int
 ) -> Float[Array, ""]:
-    """Learning rate of optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay.
+    """Learning rate of planned optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay.
 
     The warm-up begins above 0, so no step is wasted. With p the share of the steps behind the warm-up that are done,
     the decay is 1, 1 − p or (1 + cos πp) / 2.
@@ -88,41 +88,51 @@ def learning_rate(
     return peak * warmup * decay[schedule]
 
 
+def scale_by_planned_step(rate_of: Callable[[Any], Array]) -> optax.GradientTransformationExtraArgs:
+    """Updates times −rate_of(planned_step), an argument of the update: optax would count the steps that were taken."""
+
+    def scale(updates: Any, state: optax.OptState, params: Any = None, *, planned_step: Any, **_: Any):
+        rate = rate_of(planned_step)
+        return jax.tree.map(lambda x: jnp.asarray(-rate, x.dtype) * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale)
+
+
 @cache
-def make_optimizer(update: UpdateConfig, total_steps: int, *, idle_steps: int = 0) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decay on matrices only.
+def make_optimizer(
+    update: UpdateConfig, total_steps: int, *, idle_steps: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then AdamW with decay on matrices only; it is told the number of the planned step.
 
     The learning rate is 0 in the first `idle_steps` of the steps; its schedule begins behind them. The same object for
     the same settings, so that a second run in a process compiles nothing again.
     """
 
-    def schedule(count: Any) -> Array:
+    def rate_of(planned_step: Any) -> Array:
         rate = learning_rate(
-            count - idle_steps,
+            planned_step - idle_steps,
             peak=update.learning_rate,
             schedule=update.schedule,
             warmup_steps=update.warmup_steps,
             total_steps=total_steps - idle_steps,
         )
-        return jnp.where(count < idle_steps, jnp.zeros_like(rate), rate)
+        return jnp.where(planned_step < idle_steps, jnp.zeros_like(rate), rate)
 
-    adamw = optax.adamw(
-        schedule,
-        b1=update.adam_b1,
-        b2=update.adam_b2,
-        eps=update.adam_eps,
-        weight_decay=update.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+    clip = optax.identity() if update.max_grad_norm is None else optax.clip_by_global_norm(update.max_grad_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=update.adam_b1, b2=update.adam_b2, eps=update.adam_eps),
+        optax.add_decayed_weights(
+            update.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+        ),
+        scale_by_planned_step(rate_of),
     )
-    if update.max_grad_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(update.max_grad_norm), adamw)
 
 
 @cache
 def make_optimizer_with_critic(
     update: UpdateConfig, total_steps: int, *, critic_learning_rate: float, idle_steps: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer each for policy and critic, each clipped by its own norm; the policy idles in the first steps."""
     of_critic = update.model_copy(update={"learning_rate": critic_learning_rate})
     return optax.partition(
@@ -266,13 +276,15 @@ def ppo_step(
     experience: Experience,
     rows: Int[Array, " minibatch"],
     kl_coef: Float[Array, ""],
+    planned_step: Int[Array, ""],
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     objective: Objective,
 ) -> tuple[Params, optax.OptState, Stats]:
     """One optimizer step on the answers `rows` of the batch; the old parameters' memory is reused.
 
-    A step whose loss or gradient is not finite leaves parameters and moments as they were and is counted as skipped.
+    `planned_step` is its number in a run that leaves out none; the learning rate depends on it. A step whose loss or
+    gradient is not finite leaves parameters and moments as they were and is counted as skipped.
     """
     note_compilation(
         "update", B=rows.shape[0], P=experience.prompt_tokens.shape[1], T=experience.response_tokens.shape[1]
@@ -282,7 +294,7 @@ def ppo_step(
     loss, sums, gradients = loss_and_gradients(params, ref_params, minibatch, kl_coef, objective)
     (of_policy, of_critic), grad_norm = split_critic(gradients), optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
-        updates, new_opt_state = optimizer.update(gradients, opt_state, params)
+        updates, new_opt_state = optimizer.update(gradients, opt_state, params, planned_step=planned_step)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
     new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
@@ -310,14 +322,16 @@ def update(
     experience: Experience,
     *,
     config: Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     objective: Objective,
 ) -> tuple[TrainState, list[Stats]]:
     """Epochs of shuffled minibatches over one batch; statistics of every optimizer step in order.
 
     `state` is consumed: its buffers are donated. The shuffle is a function of (seed, step, epoch). A step that finds
-    the policy further from the old one than `update.max_approx_kl_nats` is the last.
+    the policy further from the old one than `update.max_approx_kl_nats` is the last; the learning rate goes on as if
+    all had been taken, so that a schedule ends when the run does.
     """
+    first_step = int(state.step) * config.optimizer_steps_per_iteration
     batch, size, ceiling = config.rollout.batch_size, config.update.minibatch_size, config.update.max_approx_kl_nats
     params, opt_state, all_stats = state.params, state.opt_state, []
 
@@ -335,6 +349,7 @@ def update(
                 experience,
                 order[start : start + size],
                 state.kl_coef,
+                np.int32(first_step + len(all_stats)),
                 optimizer=optimizer,
                 objective=objective,
             )

@@ -85,6 +85,7 @@ def ppo_iteration(config: SimpleNamespace, parts: Parts, step: int) -> Stats:
         experience,
         parts.kl_coef,
         objective=objective,
+        iteration=step,
         orders=parts.noise.orders(step, config.update.epochs, batch_size),
         minibatch_size=config.update.minibatch_size,
         critic_optimizer=parts.critic_optimizer,

@@ -62,7 +62,7 @@ class Objective:
 def learning_rate(
     step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int, idle_steps: int = 0
 ) -> float:
-    """Learning rate of optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay.
+    """Learning rate of planned optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay.
 
     It is 0 in the first `idle_steps` of the `total_steps`, and all else begins behind them.
     """
@@ -112,9 +112,9 @@ class AdamW:
         return {name: param.grad for name, param in self.params.items() if param.grad is not None}
 
     @torch.no_grad()
-    def step(self, grad_norm: Tensor) -> float:
-        """Apply the accumulated gradients; returns ‖change‖ / ‖θ‖."""
-        rate = self.schedule(self.step_count)
+    def step(self, grad_norm: Tensor, planned_step: int) -> float:
+        """Apply the accumulated gradients at the learning rate of that step; returns ‖change‖ / ‖θ‖."""
+        rate = self.schedule(planned_step)
         self.step_count += 1
         change_sq, before_norm = 0.0, global_norm(self.params.values())
         for name, gradient in self.gradients().items():
@@ -210,13 +210,15 @@ def ppo_step(
     reference: nn.Module,
     minibatch: Experience,
     kl_coef: float | Tensor,
+    planned_step: int,
     *,
     objective: Objective,
     critic_optimizer: AdamW | None = None,
 ) -> Stats:
     """One optimizer step; one whose loss or gradient is not finite changes nothing and is counted as skipped.
 
-    Policy and critic are clipped and moved each by itself.
+    Policy and critic are clipped and moved each by itself. `planned_step` is the number of the step in a run that
+    leaves out none; the learning rate depends on it.
     """
     loss, sums = loss_and_gradients(model, reference, minibatch, kl_coef, objective)
     grad_norm = global_norm(optimizer.gradients().values())
@@ -226,7 +228,7 @@ def ppo_step(
         finite = finite and bool(torch.isfinite(critic_norm))
         of_critic = {"loss/value": sums["loss_value"], "critic/grad_norm": float(critic_norm)}
         if finite:
-            critic_optimizer.step(critic_norm)
+            critic_optimizer.step(critic_norm, planned_step)
     return {
         "loss/policy": sums["loss_policy"],
         "loss/kl": sums["loss_kl"],
@@ -236,7 +238,7 @@ def ppo_step(
         "policy/ratio_max": sums["ratio_max"],
         "policy/log_ratio_abs_max": sums["log_ratio_abs_max"],
         "update/grad_norm": float(grad_norm),
-        "update/param_rel_change": optimizer.step(grad_norm) if finite else 0.0,
+        "update/param_rel_change": optimizer.step(grad_norm, planned_step) if finite else 0.0,
         "update/skipped_steps": float(not finite),
         **of_critic,
     }
@@ -250,6 +252,7 @@ def update(
     kl_coef: float | Tensor,
     *,
     objective: Objective,
+    iteration: int,
     orders: list[Tensor],
     minibatch_size: int,
     critic_optimizer: AdamW | None = None,
@@ -257,11 +260,14 @@ def update(
 ) -> list[Stats]:
     """An epoch of minibatches for each order of the answers; statistics of every optimizer step in order.
 
-    A step that finds the policy further from the old one than `max_approx_kl_nats` is the last.
+    A step that finds the policy further from the old one than `max_approx_kl_nats` is the last; the learning rate goes
+    on as if all had been taken.
     """
     all_stats, both = [], {"objective": objective, "critic_optimizer": critic_optimizer}
-    for rows in (rows for order in orders for rows in order.split(minibatch_size)):
-        all_stats.append(ppo_step(model, optimizer, reference, experience.rows(rows), kl_coef, **both))
+    minibatches = [rows for order in orders for rows in order.split(minibatch_size)]
+    for planned_step, rows in enumerate(minibatches, iteration * len(minibatches)):
+        minibatch = experience.rows(rows)
+        all_stats.append(ppo_step(model, optimizer, reference, minibatch, kl_coef, planned_step, **both))
         if max_approx_kl_nats is not None and all_stats[-1]["policy/approx_kl_nats"] > max_approx_kl_nats:
             break
     return all_stats

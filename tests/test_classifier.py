@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 import ppo_jax
-from ppo_jax import sharding
+from ppo_jax import build, plan, sharding
 from ppo_jax.config import MeshConfig, RewardConfig
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
@@ -272,6 +272,30 @@ def test_a_label_of_another_type_is_refused(value):
 def test_the_dry_run_opens_the_reward_model(tmp_path):
     with pytest.raises(UserError, match=r"^reward\.model: .*absent"):
         print_plan(load(overrides={"reward.model": str(tmp_path / "absent")}), resume=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dry_run_counts_the_memory_of_a_reward_model_and_of_a_critic(tiny, tiny_model, save, dtype):
+    directory = str(save(hf_classifier("qwen3")))
+    config = load(
+        overrides={
+            "model.path": str(tiny_model), "model.compute_dtype": dtype, "reward.model": directory,
+            "reward.model_label": "good", "critic.kind": "model", "advantage.estimator": "gae",
+        }
+    )  # fmt: skip
+    mesh, spec = sharding.make_mesh(config.mesh), plan.spec_of_reward_model(config)
+    held = plan.held_bytes(config, tiny.model, mesh, spec)
+    reward = load_reward_model(config.reward, mesh, dtype=dtype)
+    _, critic = build.first_critic(config, tiny.model, tiny.params, mesh)
+    of_policy, of_critic, of_reward = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(params)) for params in (tiny.params, critic, reward.trunk)
+    )
+    assert held[f"reward model, {dtype}"] == of_reward > 1000
+    assert held["critic, float32 masters"] == of_critic
+    assert held["two moments of AdamW, float32"] == 2 * (of_policy + of_critic)
+    compiled = plan.compile_reward_model(config, spec, mesh, text_length=20)
+    # Hidden states of as many texts as are scored at a time, padded to 24 tokens.
+    assert compiled.memory_analysis().temp_size_in_bytes > 16 * 24 * spec.width * (2 if dtype == "bfloat16" else 4)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

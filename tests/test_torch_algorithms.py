@@ -90,7 +90,7 @@ class Learner:
             critic=self.critic,
             bootstrap=bootstrap,
         )
-        self.config, self.steps = config, 0
+        self.config, self.iterations = config, 0
 
     def experience(self, seq_scores):
         scored, rollout = self.scored, self.rollout
@@ -108,6 +108,7 @@ class Learner:
         )
 
     def update(self, experience, *, epochs=1, **settings):
+        self.iterations += 1
         return update.update(
             self.model,
             self.optimizer,
@@ -115,6 +116,7 @@ class Learner:
             experience,
             0.1,
             objective=self.objective,
+            iteration=self.iterations - 1,
             orders=[torch.arange(4)] * epochs,
             minibatch_size=4,
             critic_optimizer=self.critic_optimizer,
@@ -297,7 +299,7 @@ def test_while_the_critic_warms_up_it_alone_moves_and_the_policys_schedule_waits
     rates = [[optimizer.schedule(k) for k in range(6)] for optimizer in (learner.optimizer, learner.critic_optimizer)]
     assert rates[0] == pytest.approx([0, 0, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     assert rates[1] == pytest.approx([0.5 * (1 - k / 6) for k in range(6)])
-    learner.update(learner.experience(float64(1, 2, 3, 4)))
+    learner.update(learner.experience(float64(1, 2, 3, 4)), epochs=2)
     assert moved(learner.model, before) == set(before)
 
 
@@ -309,6 +311,15 @@ def test_the_step_that_goes_too_far_is_the_last():
     assert everything[0] < 1e-12 < everything[1]
     between = (everything[1] + everything[2]) / 2
     assert len(learners[1].update(second, epochs=5, max_approx_kl_nats=between)) == 3
+
+
+def test_the_learning_rate_does_not_wait_for_steps_that_are_left_out():
+    learner, asked = Learner(answers_of([6, 2, 3, 4])), []
+    learner.optimizer.schedule = lambda planned_step: asked.append(planned_step) or 1e-3
+    experience = learner.experience(float64(1, 2, 3, 4))
+    for ceiling in (None, 0.0, None):
+        learner.update(experience, epochs=2, max_approx_kl_nats=ceiling)
+    assert asked == [0, 1, 2, 4, 5]
 
 
 def test_an_entropy_bonus_is_subtracted_and_raises_the_entropy():

@@ -241,7 +241,7 @@ def test_the_optimizer_is_adamw_with_decay_on_matrices_only(weight_decay):
             net.zero_grad()
             net(torch.arange(3.0, dtype=torch.float64) + step).square().sum().backward()
             if stepper is None:
-                optimizer.step(update.global_norm(optimizer.gradients().values()))
+                optimizer.step(update.global_norm(optimizer.gradients().values()), step)
             else:
                 stepper.step()
     for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -254,7 +254,7 @@ def test_gradients_are_clipped_to_the_global_norm_and_not_a_bit_below_it(limit, 
     net(torch.full((3,), 10.0, dtype=torch.float64)).square().sum().backward()
     optimizer = adamw(net, max_grad_norm=limit, weight_decay=0.0)
     norm = update.global_norm(optimizer.gradients().values())
-    optimizer.step(norm)
+    optimizer.step(norm, 0)
     first_moment = update.global_norm(optimizer.mu.values())
     assert float(first_moment) == pytest.approx(0.1 * (float(norm) if expected is None else expected), rel=1e-14)
 
@@ -295,7 +295,7 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_moments_untouched(confi
     _, parts = parts_of(config_file(), dtype=torch.float64)
     batch, before = ragged_batch(), copy.deepcopy(parts.model.state_dict())
     batch.advantages[0, 0] = torch.nan
-    stats = update.ppo_step(parts.model, parts.optimizer, parts.reference, batch, 0.1, objective=parts.objective)
+    stats = update.ppo_step(parts.model, parts.optimizer, parts.reference, batch, 0.1, 0, objective=parts.objective)
     assert stats["update/skipped_steps"] == 1
     torch.testing.assert_close(parts.model.state_dict(), before, rtol=0, atol=0)
     assert all(not mu.any() for mu in parts.optimizer.mu.values())

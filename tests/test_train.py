@@ -311,3 +311,10 @@ def test_a_token_outside_of_the_embedding_is_refused(tiny):
     build.check_tokens(load(), tiny.model, Prompts(["a"], [[size - 1]], seed=0))
     with pytest.raises(UserError, match=f"token id {size}, but the embedding has {size} rows"):
         build.check_tokens(load(), tiny.model, Prompts(["a"], [[size]], seed=0))
+
+
+def test_a_reward_that_is_not_there_is_told_before_a_model_is_opened(tmp_path):
+    settings = {"reward.function": "absent_rewards:score", "model.path": str(tmp_path / "absent")}
+    with pytest.raises(UserError, match=r"reward\.function: module 'absent_rewards' could not be imported"):
+        build.build(load(overrides=settings | {"run.dir": str(tmp_path / "run")}))
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import update
-from ppo_jax.algorithm import LOSS_KL
+from ppo_jax.algorithm import LOSS_KL, pick_optimizer
 from ppo_jax.config import UpdateConfig
 from ppo_jax.config_file import load
 from ppo_jax.models import hf_io
@@ -91,6 +91,7 @@ def step(tiny, experience, objective, optimizer, rows=range(6)):
         experience,
         jnp.asarray(list(rows)),
         KL_COEF,
+        jnp.asarray(0),
         optimizer=optimizer,
         objective=objective,
     )
@@ -267,6 +268,7 @@ def test_the_old_buffers_are_given_up_to_the_update(tiny, experience):
         experience,
         jnp.arange(6),
         KL_COEF,
+        jnp.asarray(0),
         optimizer=OPTIMIZER,
         objective=make_objective(tiny),
     )
@@ -327,10 +329,11 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
             "update.epochs": 3,
         }
     )
-    visited = []
+    visited, planned = [], []
 
-    def record(params, opt_state, ref_params, experience, rows, kl_coef, **_):
+    def record(params, opt_state, ref_params, experience, rows, kl_coef, planned_step, **_):
         visited.append(rows.tolist())
+        planned.append(int(planned_step))
         return params, opt_state, {"policy/approx_kl_nats": jnp.zeros(())}
 
     monkeypatch.setattr(update, "ppo_step", record)
@@ -348,6 +351,35 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
         return [[row for minibatch in visited[i : i + 3] for row in minibatch] for i in (0, 3, 6)]
 
     first, again, other = visits(0), visits(0), visits(1)
+    assert planned == [*range(9), *range(9), *range(9, 18)]
     assert all(sorted(epoch) == list(range(6)) for epoch in first + other)
     assert first == again
     assert len({tuple(epoch) for epoch in first + other}) == 6
+
+
+def test_a_decaying_learning_rate_ends_at_zero_where_steps_are_left_out(tiny, experience):
+    """Of 4 iterations with 3 planned steps each one is taken: optax's own count would be at 4 of 12 when they end."""
+    settings = {"update.max_approx_kl_nats": 1e-9, "update.schedule": "linear", "run.iterations": 4}
+    settings |= {"update.weight_decay": 0.5}
+    sizes = {"rollout.batch_size": 6, "rollout.max_new_tokens": T, "update.minibatch_size": 6, "update.epochs": 3}
+    config = load(overrides=settings | sizes)
+    optimizer = pick_optimizer(config)
+    # Without a gradient a step is the decay of the weights, in proportion to the learning rate.
+    experience = replace(experience, advantages=jnp.zeros_like(experience.advantages))
+    state = TrainState(
+        step=jnp.asarray(0),
+        params=copy(tiny.params),
+        opt_state=optimizer.init(tiny.params),
+        kl_coef=KL_COEF,
+        score_moments=first_moments(jnp.float32),
+    )
+    changes = []
+    for iteration in range(4):
+        assert int(state.step) == iteration
+        state, stats = update.update(
+            state, tiny.params, experience, config=config, optimizer=optimizer, objective=make_objective(tiny)
+        )
+        changes.append([float(step["update/param_rel_change"]) for step in stats])
+    assert [len(steps) for steps in changes] == [1, 1, 1, 1]
+    rates = [steps[0] / changes[0][0] for steps in changes]
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25], rel=1e-3)

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     FIXED_PROMPTS = 2
     EVALUATION = 3
     ADAPTER = 4
+    GENERATE = 5
 
 
 def purpose_key(seed: int, step: int | Int[Array, ""], purpose: Purpose) -> UInt32[Array, " key"]:

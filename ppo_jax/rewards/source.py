@@ -59,10 +59,9 @@ class Reward:
         return loop
 
 
-def open_reward(
-    config: RewardConfig, given: RewardFunction | None = None, *, model: RewardFunction | None = None
-) -> Reward:
-    """All sources that are set, or the given function alone; `reward.function` is that of a run that sets no other."""
+def open_reward(config: RewardConfig, given: RewardFunction | None = None) -> Reward:
+    """All sources that are set but a reward model, or the given function alone; `reward.function` is that of a run that
+    sets no other."""
     if given is not None:
         return Reward({FUNCTION: given}, config.weights, config.time_limit_s)
     sources: dict[str, RewardFunction] = {
@@ -75,9 +74,7 @@ def open_reward(
         sources[URL] = HttpReward(
             config.url, timeout_s=config.timeout_s, retries=config.retries, batch_size=config.http_batch_size
         )
-    if model is not None:
-        sources[MODEL] = model
-    if not sources:
+    if not sources and config.model is None:
         sources[FUNCTION] = load_function(config.function)
     return Reward(sources, config.weights, config.time_limit_s)
 
