@@ -81,7 +81,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         nonlocal params, opt_state
         rows, functions = jnp.arange(BATCH), {"optimizer": run.optimizer, "objective": run.objective}
         params, opt_state, stats = update.ppo_step(
-            params, opt_state, run.ref_params, experience, rows, state.kl_coef, **functions
+            params, opt_state, run.ref_params, experience, rows, state.kl_coef, state.step, **functions
         )
         return stats
 
