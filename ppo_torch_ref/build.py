@@ -39,6 +39,8 @@ ONLY = {
     "reward.functions": {},
     "reward.weights": {},
     "reward.url": None,
+    "alarms.act": [],
+    "alarms.stop": [],
 }
 
 # What a draw is for; distinct purposes never share noise.
