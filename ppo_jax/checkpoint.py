@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._keep, self._keep_best = keep, keep_best
         self.rewards: dict[int, float] = {}  # mean reward of each policy that has answered, by its step
-        self.suspected_since: int | None = None  # the newest checkpoint from before this iteration stays
+        self.suspected_since: set[int] = set()  # the newest checkpoint from before each of these iterations stays
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         from_lead(lambda: remove_stale(self.directory))
@@ -104,7 +104,7 @@ class Checkpoints:
         path: Path,
         arrays: dict[str, str],
         rewards: dict[int, float],
-        suspected_since: int | None,
+        suspected_since: Collection[int],
     ) -> None:
         """In the background: wait for the files of all processes, describe and publish them, then drop the oldest."""
         try:
@@ -139,14 +139,14 @@ def check_saved(directory: Path) -> None:
 
 
 def expired(
-    steps: list[int], *, keep: int, rewards: Mapping[int, float], suspected_since: int | None = None
+    steps: list[int], *, keep: int, rewards: Mapping[int, float], suspected_since: Collection[int] = ()
 ) -> list[int]:
     """Which of the saved steps go: all but the newest `keep`, the one with the highest reward where rewards are known,
-    and the newest from before the run began to look wrong."""
+    and the newest from before each iteration in which the run began to look wrong."""
     known = [step for step in steps if math.isfinite(rewards.get(step, math.nan))]
     best = max(known, key=lambda step: (rewards[step], step), default=None)
-    good = max((step for step in steps if suspected_since is not None and step < suspected_since), default=None)
-    return [step for step in sorted(steps)[:-keep] if step not in (best, good)]
+    good = {max((step for step in steps if step < began), default=None) for began in suspected_since}
+    return [step for step in sorted(steps)[:-keep] if step != best and step not in good]
 
 
 def remove_stale(directory: Path) -> None:

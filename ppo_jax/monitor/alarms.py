@@ -6,9 +6,9 @@ unbroken one raises. The failures themselves are in `failure_scenes`.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,6 @@ class Alarm:
     cause: str
     advice: str
     checkpoint: str | None  # the newest one from before it began, None where none was kept
-
-    def as_row(self) -> dict[str, Any]:
-        return asdict(self)
 
     def text(self) -> str:
         """What the terminal and TensorBoard show."""
@@ -98,10 +95,10 @@ def level_of(scene: str, config: Config, *, again: bool) -> Literal["warn", "act
     return "act" if acts else "warn"
 
 
-def suspected_since(rows: Sequence[Row], config: Config) -> int | None:
-    """The first iteration of the oldest trouble that still lasts, whether it has raised an alarm yet or not."""
-    lasted = max((streak(rows, detector, config) for detector in DETECTORS.values()), default=0)
-    return rows[-lasted]["step"] if lasted else None
+def suspected_since(rows: Sequence[Row], config: Config) -> set[int]:
+    """The first iterations of all that looks wrong now, whether it has raised an alarm yet or not."""
+    lasted = [streak(rows, detector, config) for detector in DETECTORS.values()]
+    return {rows[-count]["step"] for count in lasted if count}
 
 
 def checkpoint_before(saved: Mapping[int, Path], iteration: int) -> str | None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class MetricsWriter:
         row = scalars(numbers)
         histograms = {name: numbers[name] for name in numbers.keys() - row.keys()}
         # An alarm before its row, so that no row is without its alarm; and no row is lost whose checkpoint is not.
-        for file, lines in ((self._alarms, [alarm.as_row() for alarm in alarms]), (self._file, [{"step": step} | row])):
+        for file, lines in ((self._alarms, [asdict(alarm) for alarm in alarms]), (self._file, [{"step": step} | row])):
             if file is not None and lines:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
