@@ -32,6 +32,7 @@ SMALL = {
     "monitor.tensorboard": False,
 }
 FAST = {"update.learning_rate": 2e-3, "kl.coef": 0.0}
+FROZEN = optax.set_to_zero()  # one object, so that it is compiled once
 RECIPES = ("adaptive_kl", "exact_kl", "group_leave_one_out", "critic_value_head")
 
 
@@ -164,8 +165,7 @@ def _rows(config: Config, scene: Scene | None) -> list[Row]:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": f"{directory}/run"})})
         run, state = build.build(config, reward=None if scene is None else scene.score)
         if scene is not None and scene.breaks == "optimizer":
-            frozen = optax.set_to_zero()
-            run, state = replace(run, optimizer=frozen), replace(state, opt_state=frozen.init(state.params))
+            run, state = replace(run, optimizer=FROZEN), replace(state, opt_state=FROZEN.init(state.params))
         # One shape for answers of any length: compiling would take longer than the runs.
         with mock.patch.object(train, "bucket", lambda length, *, smallest, largest: largest):
             return train.train(run, state).metrics

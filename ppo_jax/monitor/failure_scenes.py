@@ -106,7 +106,7 @@ def template_sentences(row: Row, first: Row, config: Config) -> Finding | None:
     across = risen("text/shared_3gram_frac", 0.1) or risen("text/same_start_frac", 0.25)
     if not within and not across:
         return None
-    where = " and ".join(["within answers"] * within + ["across answers"] * across)
+    where = " and ".join(part for part, there in (("within answers", within), ("across answers", across)) if there)
     return Finding(
         f"template sentences repeat {where}",
         "the reward favours a pattern, and the policy has found it",
