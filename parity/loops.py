@@ -128,6 +128,7 @@ def whole_runs(dtype: str, *, at_most: int = 20, recipes: Sequence[str] = tuple(
             config = config_of(recipe, Path(directory), iterations)
             ours, parameters = _jax_run(config)
             theirs, twin_parameters = _torch_run(Path(directory) / "run" / "config.yaml")
+        ours = {name: ours[name] for name in theirs}  # the twin has the metrics, not the signals beside them
         bound = bound_of("L11", dtype, is_real=False)
         what = f"{recipe}: {iterations} iterations on own tokens"
         yield compare("L11", dtype, CASE, f"{what}, metrics", *in_own_units(ours, theirs), bound=bound)

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,13 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int, keep_best: bool = False):
-        self._directory = directory.absolute()
+        self.directory = directory.absolute()
         self._keep, self._keep_best = keep, keep_best
         self.rewards: dict[int, float] = {}  # mean reward of each policy that has answered, by its step
+        self.suspected_since: set[int] = set()  # the newest checkpoint from before each of these iterations stays
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
-        from_lead(lambda: remove_stale(self._directory))
+        from_lead(lambda: remove_stale(self.directory))
 
     def save(self, state: TrainState) -> Path:
         """Begin to write `step_XXXXXXXX`; the state may be consumed when this returns, the files come behind it.
@@ -64,7 +65,7 @@ class Checkpoints:
         """
         if failure := self._settled():
             log.warning("warning: %s; the run goes on", failure)
-        path = self._directory / f"step_{int(state.step):08d}"
+        path = self.directory / f"step_{int(state.step):08d}"
         if from_lead(path.exists):  # a state is a function of its step: the one that is there is the same
             return path
         try:
@@ -76,7 +77,9 @@ class Checkpoints:
             self._writing.set_exception(error)
         else:
             rewards = dict(self.rewards) if self._keep_best else {}
-            self._writing = self._executor.submit(self._complete, checkpointer, path, arrays_of(state), rewards)
+            self._writing = self._executor.submit(
+                self._complete, checkpointer, path, arrays_of(state), rewards, self.suspected_since
+            )
         return path
 
     def finish(self) -> None:
@@ -96,7 +99,12 @@ class Checkpoints:
         return None
 
     def _complete(
-        self, checkpointer: ocp.StandardCheckpointer, path: Path, arrays: dict[str, str], rewards: dict[int, float]
+        self,
+        checkpointer: ocp.StandardCheckpointer,
+        path: Path,
+        arrays: dict[str, str],
+        rewards: dict[int, float],
+        suspected_since: Collection[int],
     ) -> None:
         """In the background: wait for the files of all processes, describe and publish them, then drop the oldest."""
         try:
@@ -107,8 +115,8 @@ class Checkpoints:
         except WRITE_ERRORS as error:
             raise _failed(path, error) from error
         if is_lead():
-            steps = saved_steps(self._directory)
-            for step in expired(list(steps), keep=self._keep, rewards=rewards):
+            steps = saved_steps(self.directory)
+            for step in expired(list(steps), keep=self._keep, rewards=rewards, suspected_since=suspected_since):
                 _remove(steps[step])
 
     def __enter__(self) -> "Checkpoints":
@@ -130,11 +138,15 @@ def check_saved(directory: Path) -> None:
         raise UserError(f"--resume: there is no checkpoint in {directory}; was checkpoint.save_every set?")
 
 
-def expired(steps: list[int], *, keep: int, rewards: Mapping[int, float]) -> list[int]:
-    """Which of the saved steps go: all but the newest `keep` and, where rewards are known, the one with the highest."""
+def expired(
+    steps: list[int], *, keep: int, rewards: Mapping[int, float], suspected_since: Collection[int] = ()
+) -> list[int]:
+    """Which of the saved steps go: all but the newest `keep`, the one with the highest reward where rewards are known,
+    and the newest from before each iteration in which the run began to look wrong."""
     known = [step for step in steps if math.isfinite(rewards.get(step, math.nan))]
     best = max(known, key=lambda step: (rewards[step], step), default=None)
-    return [step for step in sorted(steps)[:-keep] if step != best]
+    good = {max((step for step in steps if step < began), default=None) for began in suspected_since}
+    return [step for step in sorted(steps)[:-keep] if step != best and step not in good]
 
 
 def remove_stale(directory: Path) -> None:

@@ -41,7 +41,7 @@ def _exiting(command: Callable[[Sequence[str]], None], arguments: Sequence[str] 
 def run(arguments: Sequence[str]) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    overrides = parse_overrides(rest)
+    overrides = parse_overrides(rest) | ({"monitor.live": False} if options.quiet else {})
     if options.resume is not None:
         if options.config is not None:
             raise UserError("--resume takes the configuration of the run; --config cannot be given with it")
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         help="this is one of several processes; Slurm and Open MPI are recognised, else JAX_COORDINATOR_ADDRESS, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID say which",
     )
+    parser.add_argument("--quiet", action="store_true", help="monitor.live false: plain lines, no live view")
     parser.add_argument(
         "--dry_run",
         action="store_true",

@@ -310,9 +310,27 @@ class MonitorConfig(Section, frozen=True):
     evaluate_every: NonNegative = Field(
         default=0, description="iterations between answers to the held-out prompts of the prompts section; 0 is off"
     )
+    live: bool = Field(default=True, description="the live view, where there is a terminal; else one line an iteration")
     tensorboard: bool = Field(default=True, description="write TensorBoard event files")
     wandb_project: NonEmpty | None = Field(
         default=None, description="also log to this Weights & Biases project (extra: wandb)"
+    )
+
+
+# Scenes that a tighter hold on the policy can mend: only of these can an alarm act.
+LooseScene = Literal[
+    "score_up_text_decays", "answers_shrink", "answers_at_limit", "template_sentences", "kl_runaway", "entropy_collapse"
+]
+AlarmScene = Literal[LooseScene, "not_moving", "degenerate_rewards", "rollout_mismatch"]
+
+
+class AlarmsConfig(Section, frozen=True):
+    patience: Positive = Field(default=3, description="iterations in a row that must look wrong before an alarm")
+    act: tuple[LooseScene, ...] = Field(
+        default=(), description="scenes whose alarm doubles β, which is at least score/std / 20 afterwards"
+    )
+    stop: tuple[AlarmScene, ...] = Field(
+        default=(), description="scenes whose alarm ends the run; of one that is also in act, only its second alarm"
     )
 
 
@@ -349,6 +367,7 @@ class Config(Section, frozen=True):
     critic: CriticConfig = CriticConfig()
     update: UpdateConfig = UpdateConfig()
     monitor: MonitorConfig = MonitorConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
 

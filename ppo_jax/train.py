@@ -24,12 +24,12 @@ import jax.numpy as jnp
 
 from ppo_jax import evaluation, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
-from ppo_jax.checkpoint import Checkpoints
+from ppo_jax.checkpoint import Checkpoints, saved_steps
 from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
 from ppo_jax.export import export_policy
 from ppo_jax.interruption import noted_signals
-from ppo_jax.monitor import invariants, metrics, samples
+from ppo_jax.monitor import alarms, invariants, metrics, samples, signals
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.console import View, print_samples
 from ppo_jax.monitor.sinks import MetricsWriter, read_rows
@@ -108,6 +108,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             answers, scored, seq_scores, state.kl_coef, shaped_scores=shaped_scores, returns=returns
         )
         observed = metrics.to_host(measured)
+        observed |= signals.of_answers(run.mesh, answers, scored, seq_scores, state.kl_coef, texts=texts)
         if len(named_scores) > 1:
             observed |= metrics.to_host(metrics.named_score_means(answers.response_mask, named_scores))
     if step == 0:
@@ -181,17 +182,19 @@ def train(run: Run, state: TrainState) -> RunResult:
 
 def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far: Callable[[], int]) -> RunResult:
     config, first_step = run.config, int(state.step)
-    history, stop_reason, clock = [], f"all {config.run.iterations} iterations are done", PhaseClock()
+    stop_reason, clock = f"all {config.run.iterations} iterations are done", PhaseClock()
     with (
         jax.set_mesh(run.mesh),
-        View(config.run.iterations, first_step) as view,
+        View(config.run.iterations, first_step, live=config.monitor.live) as view,
         MetricsWriter(run.directory, first_step=first_step, monitor=config.monitor) as writer,
     ):
         warn(warnings_of(config))
         log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
         reference_digest = invariants.digest(run.ref_params)
         evaluate = evaluation.against_sft(run, state, answer)
-        checkpoints.rewards |= {row["step"]: row["reward/mean"] for row in read_rows(run.directory / "metrics.jsonl")}
+        rows = [row for row in read_rows(run.directory / "metrics.jsonl") if row["step"] < first_step]
+        checkpoints.rewards |= {row["step"]: row["reward/mean"] for row in rows}
+        rows_before = len(rows)
         for step in range(first_step, config.run.iterations):
             with save_on_failure(run, state, checkpoints):
                 if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
@@ -199,19 +202,24 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
                 clock.restart()
                 next_state, numbers = ppo_iteration(run, state, clock)
             state = next_state
-            invariants.assert_unmoved(run.ref_params, reference_digest)
+            found_digest = invariants.digest(run.ref_params)
+            numbers["reference/moved"] = float(found_digest != reference_digest)
             if is_due(step + 1, config.monitor.evaluate_every):
                 with save_on_failure(run, state, checkpoints):
                     numbers |= evaluate(state)
-            writer.write(step, numbers)
-            view.iteration(step, numbers)
-            history.append({"step": step} | numbers)
+            rows.append({"step": step} | metrics.scalars(numbers))
+            raised = alarms.raised(rows, config, saved_steps(checkpoints.directory))
+            checkpoints.suspected_since = alarms.suspected_since(rows, config)
+            writer.write(step, numbers, raised)
+            view.iteration(step, numbers, raised)
+            invariants.assert_same_digest(found_digest, reference_digest)
+            state = alarms.act(raised, state, score_std=numbers["score/std"])
             checkpoints.rewards[step] = numbers["reward/mean"]
             if is_due(step + 1, config.checkpoint.save_every):
                 checkpoints.save(state)
             stop_if_not_finite(run, state, checkpoints, numbers)
             stop_if_told(run, state, checkpoints, from_any(signal_so_far()))
-            if reason := limit_reached(run, numbers, clock):
+            if reason := alarms.reason_to_stop(raised) or limit_reached(run, numbers, clock):
                 stop_reason = reason
                 break
         with save_on_failure(run, state, checkpoints):
@@ -222,7 +230,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
     exported = export_policy(run, state)
     checkpoints.finish()
     from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
-    return RunResult(run.directory, *exported, history, state, stop_reason)
+    return RunResult(run.directory, *exported, rows[rows_before:], state, stop_reason)
 
 
 def warn(messages: list[str]) -> None:

@@ -41,6 +41,8 @@ ONLY = {
     "reward.functions": {},
     "reward.weights": {},
     "reward.url": None,
+    "alarms.act": [],
+    "alarms.stop": [],
 }
 
 # What a draw is for; distinct purposes never share noise.

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ppo_jax.monitor.alarms import Alarm
 from ppo_jax.monitor.samples import shown_steps
 from ppo_jax.processes import is_lead
 
@@ -29,22 +31,23 @@ COLUMNS = (
     ("KL nats/seq", "kl/seq_nats", "{:.3f}"),
     ("score", "score/mean", "{:+.3f}"),
     ("± std", "score/std", "{:.3f}"),
-    ("reward", "reward/mean", "{:+.3f}"),
     ("tokens", "response/len_mean_tokens", "{:.1f}"),
+    ("reward", "reward/mean", "{:+.3f}"),
     ("entropy", "policy/entropy_nats", "{:.2f}"),
     ("clipped", "policy/clip_frac", "{:.1%}"),
     ("grad norm", "update/grad_norm", "{:.3f}"),
     ("s/iter", "time/iteration_s", "{:.1f}"),
 )
-ROWS_SHOWN = 12
+ROWS_SHOWN, ALARMS_SHOWN = 12, 4
 
 
 class View:
     """Shows a run while it goes on, in process 0; used as a context manager."""
 
-    def __init__(self, iterations: int, first_step: int):
+    def __init__(self, iterations: int, first_step: int, *, live: bool = True):
         self._console = Console(stderr=False)
         self._rows: deque[list[str]] = deque(maxlen=ROWS_SHOWN)
+        self._alarms: deque[str] = deque(maxlen=ALARMS_SHOWN)
         self._progress = Progress(
             TextColumn("iteration"),
             BarColumn(),
@@ -53,7 +56,7 @@ class View:
             TimeRemainingColumn(),
         )
         self._task = self._progress.add_task("iterations", total=iterations, completed=first_step)
-        show = is_lead() and _interactive()
+        show = is_lead() and live and _interactive()
         self._live = Live(self._render(), console=self._console, refresh_per_second=4) if show else None
 
     def __enter__(self) -> "View":
@@ -73,8 +76,11 @@ class View:
             self._live.stop()
         log.removeHandler(self._handler)
 
-    def iteration(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show a finished iteration."""
+    def iteration(self, step: int, metrics: dict[str, Any], alarms: Sequence[Alarm] = ()) -> None:
+        """Show a finished iteration and what it raised: in full once, and in short for as long as the view lasts."""
+        for alarm in alarms:
+            log.warning("alarm (%s) %s, iteration %d: %s", alarm.level, alarm.scene, step, alarm.text())
+            self._alarms.append(f"{step:4d}  {alarm.level}  {alarm.message}")
         values = [form.format(metrics[name]) for _, name, form in COLUMNS]
         self._rows.append([str(step), *values])
         self._progress.update(self._task, completed=step + 1)
@@ -91,7 +97,7 @@ class View:
             table.add_column(title, justify="right", style="bold" if title.startswith("KL") else "")
         for row in self._rows:
             table.add_row(*row)
-        return Group(table, self._progress)
+        return Group(table, *(Text(line, style="bold red") for line in self._alarms), self._progress)
 
 
 def _interactive() -> bool:

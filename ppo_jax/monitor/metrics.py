@@ -1,7 +1,10 @@
 """The numbers of an iteration's experience, all masked, unit and reduction in the name."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ppo_jax.ops import kl, masking
@@ -80,6 +83,11 @@ def named_score_means(
     """`score/NAME_mean` of every score that is part of the sum, before its weight."""
     answered = jnp.any(response_mask, axis=1)
     return {f"score/{name}_mean": masking.masked_mean(scores, answered) for name, scores in named_scores.items()}
+
+
+def scalars(numbers: dict[str, Any]) -> dict[str, float]:
+    """The numbers without the histograms."""
+    return {name: value for name, value in numbers.items() if not isinstance(value, np.ndarray)}
 
 
 def to_host(numbers: dict[str, Array]) -> dict[str, float]:

@@ -56,6 +56,26 @@ def masked_max(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[
     return jnp.max(jnp.where(mask, x, jnp.full((), -jnp.inf, x.dtype)))
 
 
+def masked_correlation(
+    x: Float[Array, "*shape"], y: Float[Array, "*shape"], mask: Bool[Array, "*shape"]
+) -> Float[Array, ""]:
+    """Pearson's correlation of the unmasked elements, 0 where one of the two is constant."""
+    x, y = masked_center(x, mask), masked_center(y, mask)
+    # Each by its largest element first: the squares of very large scores overflow.
+    x, y = (v / jnp.maximum(masked_max(jnp.abs(v), mask), jnp.finfo(v.dtype).tiny) for v in (x, y))
+    size = jnp.sqrt(masked_sum(x * x, mask) * masked_sum(y * y, mask))
+    zero, one = jnp.zeros((), x.dtype), jnp.ones((), x.dtype)
+    return jnp.where(size > 0, masked_sum(x * y, mask) / jnp.where(size > 0, size, one), zero)
+
+
+def masked_histogram(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], edges: Sequence[float]
+) -> Int[Array, " bins"]:
+    """How many unmasked elements lie in [e_i, e_i+1); the first and the last bin also count what lies beyond them."""
+    bins = jnp.searchsorted(jnp.asarray(edges[1:-1], x.dtype), x.reshape(-1), side="right")
+    return jnp.zeros(len(edges) - 1, jnp.int32).at[bins].add(mask.reshape(-1).astype(jnp.int32))
+
+
 def masked_quantiles(
     x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], probabilities: Sequence[float]
 ) -> Float[Array, " Q"]:
