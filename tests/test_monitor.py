@@ -131,18 +131,27 @@ def test_tensorboard_files_hold_every_number(tmp_path):
     assert (7, "kl/seq_nats", 0.25) in values
 
 
+def append_sample(directory, step, answer):
+    numbers = {"scores": np.array([0.5]), "seq_kl": np.array([0.25]), "lengths": np.array([3])}
+    samples.append(directory, step, ["p"], [answer], **numbers)
+
+
 def test_the_closing_table_shows_the_start_the_middle_and_the_end(tmp_path):
     for step in (0, 10, 20, 30):
-        samples.append(tmp_path, step, ["p"], [f"answer {step}"], np.array([0.5]))
+        append_sample(tmp_path, step, f"answer {step}")
     rows = samples.read(tmp_path)
-    assert samples.shown_steps(rows, 30) == {"SFT": 0, "half-way": 10, "now": 30}
-    samples.append(tmp_path, 20, ["p"], ["again"], np.array([0.1]))
+    assert samples.steps_at_end(rows, 30) == {"SFT": 0, "half-way": 10, "now": 30}
+    assert samples.steps_so_far(rows) == {"SFT": 0, "previous": 20, "now": 30}
+    assert samples.steps_so_far(rows[:2]) == {"SFT": 0, "now": 10}
+    assert samples.steps_so_far(rows[:1]) == {"SFT": 0}
+    append_sample(tmp_path, 20, "again")
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [0, 10, 20]
 
 
-def test_samples_survive_line_separators_and_a_torn_last_line(tmp_path):
-    samples.append(tmp_path, 0, ["p"], ["one\u2028two\u0085three"], np.array([0.5]))
-    samples.append(tmp_path, 1, ["p"], ["after"], np.array([0.5]))
+def test_samples_survive_line_separators_half_surrogates_and_a_torn_last_line(tmp_path):
+    texts = ["one\u2028two\u0085three", "half \ud83d of a pair", '<script>"\x1b[31m\x00', "\\ud800 as written"]
+    for step, text in enumerate(texts):
+        append_sample(tmp_path, step, text)
     with (tmp_path / "samples.jsonl").open("a") as file:
-        file.write('{"step": 2, "pro')
-    assert [row["answer"] for row in samples.read(tmp_path)] == ["one\u2028two\u0085three", "after"]
+        file.write('{"step": 9, "pro')
+    assert [row["answer"] for row in samples.read(tmp_path)] == texts
