@@ -96,9 +96,9 @@ def _build(
     check_sinks(config.monitor)
     model = open_model(config)
     loaded_prompts, held_out = load_split(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
-    fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
+    fixed_prompts = pick_fixed_prompts(config, model, loaded_prompts)
     check_tokens(config, model, loaded_prompts, fixed_prompts, *([] if held_out is None else [held_out]))
-    _float32_means_float32(config)
+    float32_means_float32(config)
     with jax.set_mesh(mesh):
         endings = make_endings(config, model)
         initial = hf_io.load_params(model.path, model.config, model.spec, place=partial(sharding.place_param, mesh))
@@ -269,7 +269,7 @@ def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -
             )
 
 
-def _fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> Prompts:
+def pick_fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> Prompts:
     """The first prompts, or the given texts; a text that is one of the prompts has the columns of that."""
     if config.monitor.fixed_prompts is None:
         return prompts.at(range(min(4, len(prompts.texts))))
@@ -280,7 +280,7 @@ def _fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> P
     return replace(given, columns=columns)
 
 
-def _float32_means_float32(config: Config) -> None:
+def float32_means_float32(config: Config) -> None:
     """On a GPU JAX multiplies float32 matrices in TF32 (10 bits) unless told otherwise."""
     if config.model.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")
