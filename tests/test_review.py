@@ -22,7 +22,7 @@ from ppo_jax.review import pairs as making
 from ppo_jax.review.session import LONGEST_NAME, Refused, Session, policy_is_first
 
 server = pytest.importorskip("ppo_jax.review.server", reason="the extra 'review' is not installed")
-testclient = pytest.importorskip("starlette.testclient", reason="starlette's test client needs httpx")
+testclient = pytest.importorskip("starlette.testclient", reason="starlette's test client needs httpx2")
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ppo_jax" / "review"
