@@ -278,6 +278,19 @@ def test_marks_and_rules_stand_where_their_numbers_are():
     assert 0 < position < 10
 
 
+def test_alarms_stand_at_their_iterations_in_every_main_chart(tmp_path):
+    alarms = [
+        {"step": 2, "scene": "shrinking", "level": "act", "message": "answers shrink"},
+        {"step": 8, "level": "stop"},
+    ]
+    curves = read_curves([str(write(tmp_path / "run", [metrics(step) for step in range(9)], alarms=alarms))])
+    drawn = charts.main_charts(curves)
+    assert [chart.chart.title.split()[0] for chart in drawn] == ["KL", "Score", "Length", "Entropy", "Log-probs"]
+    for chart in drawn:
+        assert [(position, mark.level) for position, mark in chart.marks] == [(25, "act"), (100, "stop")]
+    assert Read(page(curves)).texts["ul"].count("answers shrink") == 1
+
+
 def test_seeds_of_a_recipe_are_their_mean_with_a_band_over_the_iterations_that_all_have(tmp_path):
     for seed, (factor, count) in enumerate([(1.0, 6), (3.0, 5)]):
         rows = [metrics(step, kl__seq_nats=factor * step) for step in range(count)]

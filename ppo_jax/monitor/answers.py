@@ -33,9 +33,10 @@ def append(
 
     Prompts, texts and scores are those of this process's rows; of several processes the first picks among its own.
     """
+    own = [sharding.read_own_rows(mesh, x) for x in (scored.token_kl, answers.response_mask)]  # takes all processes
     if not is_lead():
         return
-    seq_kl, lengths = (sharding.read_own_rows(mesh, x).sum(axis=1) for x in (scored.token_kl, answers.response_mask))
+    seq_kl, lengths = (x.sum(axis=1) for x in own)
     numbers = numbers_of(scores, seq_kl, lengths)
     rows = [
         {"step": step, "why": why, "prompt": prompts[i], "answer": texts[i]} | numbers[i]

@@ -104,7 +104,8 @@ class _Guarded:
                 message = message | {"headers": [*message["headers"], *added]}
             await send(message)
 
-        answer = self._app if scope["type"] == "http" and _is_own(scope) else _refusal(403, "not from here")
+        is_foreign = scope["type"] == "http" and not _is_own(scope)
+        answer = _refusal(403, "not from here") if is_foreign else self._app
         await answer(scope, receive, send_with_headers)
 
 
