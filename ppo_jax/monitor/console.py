@@ -121,7 +121,7 @@ def _sample_cell(sample: dict[str, Any] | None, before: str | None) -> Text:
     answer = printable(sample["answer"].strip())
     cell = Text()
     for piece, is_new in word_changes(answer if before is None else before, answer)[1]:
-        cell.append(piece, style="green" if is_new else "")
+        cell.append(piece, style="green underline" if is_new else "")
     numbers = [f"score {sample['score']:+.2f}"]
     if "kl_nats" in sample:  # rows of runs before it was kept have none
         numbers += [f"KL {sample['kl_nats']:.2f} nats", f"{sample['tokens']} tokens"]

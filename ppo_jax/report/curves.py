@@ -115,10 +115,11 @@ def _logprobs(curves: list[Curve], marks: list[Mark]) -> Chart:
     bands, lines = [], []
     for i, curve in enumerate(curves):
         q = {name: {step: mean for step, mean, _, _ in curve.points(f"logprob/{name}")} for name in QUANTILES}
-        for low, high, style in (("q05", "q95", "faint"), ("q25", "q75", "band")):
-            if style == "band" or len(curves) == 1:
-                both = sorted(q[low].keys() & q[high].keys())
-                bands.append(Band([(step, q[low][step], q[high][step]) for step in both], i % COLORS, style))
+        # Of several curves the bands lie on one another.
+        shown = [("q05", "q95", "faint"), ("q25", "q75", "band")] if len(curves) == 1 else [("q25", "q75", "faint")]
+        for low, high, style in shown:
+            both = sorted(q[low].keys() & q[high].keys())
+            bands.append(Band([(step, q[low][step], q[high][step]) for step in both], i % COLORS, style))
         lines.append(Line(f"{curve.label}, median", list(q["q50"].items()), i % COLORS))
         if len(curves) == 1:
             lines += [
