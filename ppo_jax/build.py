@@ -101,7 +101,7 @@ def _build(
     model = open_model(config)
     source, adapter = open_lora(config, model)
     loaded_prompts, held_out = load_split(config.prompts, model.tokenizer, seed=config.run.seed, texts=prompts)
-    fixed_prompts = _fixed_prompts(config, model, loaded_prompts)
+    fixed_prompts = pick_fixed_prompts(config, model, loaded_prompts)
     check_tokens(config, model, loaded_prompts, fixed_prompts, *([] if held_out is None else [held_out]))
     float32_means_float32(config)
     with jax.set_mesh(mesh):
@@ -313,7 +313,7 @@ def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -
             )
 
 
-def _fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> Prompts:
+def pick_fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) -> Prompts:
     """The first prompts, or the given texts; a text that is one of the prompts has the columns of that."""
     if config.monitor.fixed_prompts is None:
         return prompts.at(range(min(4, len(prompts.texts))))

@@ -12,6 +12,7 @@ that name: `rollout`, `rewards`, `scoring`, `ops`, `update`; which functions the
 """
 
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,14 @@ import jax.numpy as jnp
 from ppo_jax import evaluation, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.checkpoint import Checkpoints, saved_steps
+from ppo_jax.config import Config
 from ppo_jax.config_file import warnings_of
 from ppo_jax.errors import UserError
 from ppo_jax.export import export_policy
 from ppo_jax.interruption import noted_signals
+from ppo_jax.models.critic import split_critic
 from ppo_jax.monitor import alarms, invariants, metrics, samples, signals
+from ppo_jax.monitor import answers as kept_answers
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.console import View, print_samples
 from ppo_jax.monitor.sinks import MetricsWriter, read_rows
@@ -115,6 +119,9 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         invariants.assert_equals_reference(observed, compute_dtype=compute_dtype)
         lengths = jnp.sum(answers.response_mask, axis=1)
         warn(audit(sharding.read(run.mesh, seq_scores), sharding.read(run.mesh, lengths)))
+    if keeps_answers(config, step):
+        kept = {"prompts": questions, "texts": texts, "scores": scores.total}
+        kept_answers.append(run.directory, step, answers, scored, **kept, mesh=run.mesh, seed=config.run.seed)
 
     # 6. A few small, clipped steps.
     with clock.phase("update"):
@@ -190,6 +197,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
     ):
         warn(warnings_of(config))
         log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
+        kept_answers.cut_back(run.directory, first_step)
         reference_digest = invariants.digest(run.ref_params)
         evaluate = evaluation.against_sft(run, state, answer)
         rows = [row for row in read_rows(run.directory / "metrics.jsonl") if row["step"] < first_step]
@@ -229,7 +237,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
         checkpoints.save(state)
     exported = export_policy(run, state)
     checkpoints.finish()
-    from_lead(lambda: print_samples(samples.read(run.directory), total=int(state.step)))
+    from_lead(lambda: print_fixed_prompts(run, int(state.step)))
     return RunResult(run.directory, *exported, rows[rows_before:], state, stop_reason)
 
 
@@ -240,6 +248,11 @@ def warn(messages: list[str]) -> None:
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def keeps_answers(config: Config, step: int) -> bool:
+    every = config.monitor.sample_every
+    return is_due(step, every) or (every > 0 and step == config.run.iterations - 1)
 
 
 def stop_if_not_finite(run: Run, state: TrainState, checkpoints: Checkpoints, numbers: dict[str, Any]) -> None:
@@ -299,22 +312,38 @@ def limit_reached(run: Run, numbers: dict[str, Any], clock: PhaseClock) -> str |
 
 def answer_fixed_prompts(run: Run, state: TrainState) -> None:
     """Sample the fixed prompts with noise that never changes, score the answers, and append them to samples.jsonl."""
-    if run.config.monitor.sample_every == 0:
+    config = run.config
+    if config.monitor.sample_every == 0:
         return
-    prompts = run.fixed_prompts.in_order()
+    prompts, step = run.fixed_prompts.in_order(), int(state.step)
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)  # on every device: any number will do
     answers = answer(run, state, tokens, mask, Purpose.FIXED_PROMPTS, step=0)
-    tokens, mask, step = (
-        *(sharding.read(run.mesh, x) for x in (answers.response_tokens, answers.response_mask)),
-        int(state.step),
+    scored = scoring.score(
+        split_critic(state.params)[0],
+        run.ref_params,
+        answers,
+        spec=run.model.spec,
+        temperature=config.rollout.temperature,
+        compute_dtype=config.model.compute_dtype,
+        micro_batch_size=math.gcd(len(prompts.texts), config.micro_batch_size),  # it must divide their number
+        adapter=run.adapter,
+    )
+    tokens, mask, token_kl = (
+        sharding.read(run.mesh, x) for x in (answers.response_tokens, answers.response_mask, scored.token_kl)
     )
 
     def score_and_write() -> None:
         texts = tokenizer_texts(run.model.tokenizer, tokens, mask)
-        scores = score_answers(run.reward, prompts.texts, texts, prompts.columns)
-        samples.append(run.directory, step, prompts.texts, texts, scores.total)
+        scores = score_answers(run.reward, prompts.texts, texts, prompts.columns).total
+        numbers = {"scores": scores, "seq_kl": token_kl.sum(axis=1), "lengths": mask.sum(axis=1)}
+        samples.append(run.directory, step, prompts.texts, texts, **numbers)
 
     from_lead(score_and_write)
+
+
+def print_fixed_prompts(run: Run, total: int) -> None:
+    if rows := samples.read(run.directory):
+        print_samples(rows, samples.steps_at_end(rows, total))
 
 
 if __name__ == "__main__":

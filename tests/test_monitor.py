@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax import jsonl
 from ppo_jax.config import MonitorConfig
 from ppo_jax.errors import UserError
-from ppo_jax.monitor import invariants, metrics, samples
+from ppo_jax.monitor import answers, invariants, metrics, samples
+from ppo_jax.monitor.console import print_samples
 from ppo_jax.monitor.sinks import MetricsWriter, read_rows
 from ppo_jax.records import EOS, TRUNCATED, Rollout, Scored
 
@@ -131,18 +133,69 @@ def test_tensorboard_files_hold_every_number(tmp_path):
     assert (7, "kl/seq_nats", 0.25) in values
 
 
+def append_sample(directory, step, answer):
+    numbers = {"scores": np.array([0.5]), "seq_kl": np.array([0.25]), "lengths": np.array([3])}
+    samples.append(directory, step, ["p"], [answer], **numbers)
+
+
 def test_the_closing_table_shows_the_start_the_middle_and_the_end(tmp_path):
     for step in (0, 10, 20, 30):
-        samples.append(tmp_path, step, ["p"], [f"answer {step}"], np.array([0.5]))
+        append_sample(tmp_path, step, f"answer {step}")
     rows = samples.read(tmp_path)
-    assert samples.shown_steps(rows, 30) == {"SFT": 0, "half-way": 10, "now": 30}
-    samples.append(tmp_path, 20, ["p"], ["again"], np.array([0.1]))
+    assert samples.steps_at_end(rows, 30) == {"SFT": 0, "half-way": 10, "now": 30}
+    assert samples.steps_so_far(rows) == {"SFT": 0, "previous": 20, "now": 30}
+    assert samples.steps_so_far(rows[:2]) == {"SFT": 0, "now": 10}
+    assert samples.steps_so_far(rows[:1]) == {"SFT": 0}
+    append_sample(tmp_path, 20, "again")
     assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [0, 10, 20]
 
 
-def test_samples_survive_line_separators_and_a_torn_last_line(tmp_path):
-    samples.append(tmp_path, 0, ["p"], ["one\u2028two\u0085three"], np.array([0.5]))
-    samples.append(tmp_path, 1, ["p"], ["after"], np.array([0.5]))
+def test_samples_survive_line_separators_half_surrogates_and_a_torn_last_line(tmp_path):
+    texts = ["one\u2028two\u0085three", "half \ud83d of a pair", '<script>"\x1b[31m\x00', "\\ud800 as written"]
+    for step, text in enumerate(texts):
+        append_sample(tmp_path, step, text)
     with (tmp_path / "samples.jsonl").open("a") as file:
-        file.write('{"step": 2, "pro')
-    assert [row["answer"] for row in samples.read(tmp_path)] == ["one\u2028two\u0085three", "after"]
+        file.write('{"step": 9, "pro')
+    assert [row["answer"] for row in samples.read(tmp_path)] == texts
+
+
+def test_kept_answers_are_the_extremes_and_two_that_seed_and_step_choose():
+    scores, seq_kl, lengths = np.array([0.5, 3.0, -1.0, 0.0, 0.1]), np.array([0.1, 0.2, 0.0, 9.0, 1.0]), np.arange(5)
+
+    def pick(step, seed=0):
+        return answers.pick(step, scores, seq_kl, lengths, seed=seed)
+
+    for step in range(40):
+        reasons = {(i, why) for i, reasons in pick(step).items() for why in reasons}
+        assert {(1, "best"), (2, "worst"), (3, "most divergent"), (4, "longest")} <= reasons
+        assert len(reasons) == 6
+    random = {step: tuple(i for i, why in pick(step).items() if "random" in why) for step in range(40)}
+    assert all(len(chosen) == 2 for chosen in random.values())
+    assert {i for chosen in random.values() for i in chosen} == set(range(5))
+    assert pick(3) == pick(3)
+    assert [pick(step) for step in range(9)] != [pick(step, seed=1) for step in range(9)]
+
+
+def test_a_batch_smaller_than_what_is_kept_is_kept_whole():
+    one = np.array([0.5])
+    assert answers.pick(0, one, one, one, seed=0) == {0: ["best", "worst", "longest", "most divergent", "random"]}
+
+
+def test_a_resumed_run_has_no_kept_answer_twice(tmp_path):
+    text = "\ud83d<script>\u2028"
+    written = [jsonl.line({"step": step, "answer": text}) for step in (0, 10, 20, 20)]
+    (tmp_path / answers.FILE).write_text("".join(written) + '{"step": 2', encoding="utf-8")
+    answers.cut_back(tmp_path, 20)
+    assert answers.read(tmp_path) == [{"step": 0, "answer": text}, {"step": 10, "answer": text}]
+    assert (tmp_path / answers.FILE).read_bytes().endswith(b"}\n")
+
+
+def test_a_text_is_not_markup_and_does_nothing_in_a_terminal(capsys):
+    rows = [
+        {"step": step, "prompt": "[red]p", "answer": f"\x1b[2Jword {step}[/]\ud83d", "score": 0.5} for step in (0, 1)
+    ]
+    print_samples(rows, {"SFT": 0, "now": 1})
+    shown = capsys.readouterr().out
+    assert "[red]p" in shown
+    assert "␛[2Jword 1[/]⟨U+D83D⟩" in shown
+    assert "\x1b[2J" not in shown

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 def test_a_wheel_opens_the_embedded_model_from_its_own_files(tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--wheel", "-o", tmp_path, ROOT], check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        pages = {f"ppo_jax/{name}/page.{kind}" for name in ("report", "review") for kind in ("html", "css", "js")}
+        assert pages <= set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
     code = (
         "from ppo_jax import build, config_file; m = build.open_model(config_file.load()); "

@@ -156,6 +156,9 @@ def test_only_the_first_process_writes_and_prints(two_processes):
         assert [json.loads(line)["step"] for line in lines] == steps
         samples = [json.loads(line)["step"] for line in (out / name / "samples.jsonl").read_text().splitlines()]
         assert len(samples) == 4 * len(set(samples))
+        kept = [json.loads(line)["step"] for line in (out / name / "answers.jsonl").read_text().splitlines()]
+        assert set(kept) <= set(steps)
+        assert all(1 <= kept.count(step) <= 6 for step in set(kept))
     assert json.loads((out / "whole" / "versions.json").read_text())["processes"] == 2
     assert "KL nats/seq" in first
     assert "stopped: all 2 iterations" in first

@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_jax.monitor.alarms import Alarm
-from ppo_jax.monitor.samples import shown_steps
 from ppo_jax.processes import is_lead
+from ppo_jax.shown_text import printable, word_changes
 
 log = logging.getLogger("ppo_jax")
 
@@ -104,20 +104,31 @@ def _interactive() -> bool:
     return sys.stdout.isatty()
 
 
-def print_samples(samples: list[dict[str, Any]], *, total: int) -> None:
-    """The answers to the fixed prompts side by side: SFT, half-way, now."""
+def print_samples(samples: list[dict[str, Any]], steps: dict[str, int]) -> None:
+    """The answers to the fixed prompts side by side, at the steps given by title; marked is what the first has not."""
     if not samples:
         return
-    steps = shown_steps(samples, total)
     table = Table(title="Same prompts, same noise", show_lines=True)
     table.add_column("prompt", ratio=1)
     for title, step in steps.items():
         table.add_column(f"{title} (after {step} iterations)", ratio=3)
     cells = {(sample["step"], sample["prompt"]): sample for sample in samples}
     for prompt in dict.fromkeys(sample["prompt"] for sample in samples):
-        # Text, not markup: an answer may hold square brackets.
-        answers = [cells[step, prompt] for step in steps.values()]
-        table.add_row(
-            Text(prompt), *(Text(f"{cell['answer'].strip()}\nscore {cell['score']:+.2f}") for cell in answers)
-        )
+        row = [cells.get((step, prompt)) for step in steps.values()]
+        before = None if row[0] is None else printable(row[0]["answer"].strip())
+        table.add_row(Text(printable(prompt)), *(_sample_cell(sample, before) for sample in row))
     Console(width=None if _interactive() else 160).print(table)
+
+
+def _sample_cell(sample: dict[str, Any] | None, before: str | None) -> Text:
+    """An answer and its numbers as text, not markup: an answer may hold square brackets."""
+    if sample is None:
+        return Text("")
+    answer = printable(sample["answer"].strip())
+    cell = Text()
+    for piece, is_new in word_changes(answer if before is None else before, answer)[1]:
+        cell.append(piece, style="green underline" if is_new else "")
+    numbers = [f"score {sample['score']:+.2f}"]
+    if "kl_nats" in sample:  # rows of runs before it was kept have none
+        numbers += [f"KL {sample['kl_nats']:.2f} nats", f"{sample['tokens']} tokens"]
+    return cell.append("\n" + ", ".join(numbers), style="dim")

@@ -1,24 +1,44 @@
 """Fixed prompts answered with fixed noise: what changed between two tables is the model, not the dice."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ppo_jax import jsonl
 from ppo_jax.monitor.sinks import open_from, read_rows
 
 FILE = "samples.jsonl"
 
 
-def append(directory: Path, step: int, prompts: list[str], answers: list[str], scores: np.ndarray) -> None:
-    """Add the answers after `step` iterations to `samples.jsonl`; rows of this step or later are replaced."""
-    rows = [
-        {"step": step, "prompt": prompt, "answer": text, "score": float(score)}
-        for prompt, text, score in zip(prompts, answers, scores, strict=True)
-    ]
+def append(
+    directory: Path,
+    step: int,
+    prompts: list[str],
+    answers: list[str],
+    *,
+    scores: np.ndarray,
+    seq_kl: np.ndarray,
+    lengths: np.ndarray,
+) -> None:
+    """Add the answers after `step` iterations to `samples.jsonl`; rows of this step or later are replaced.
+
+    One of each per prompt: scores as the reward source gives them, the exact KL to the reference in nats, and lengths
+    in tokens.
+    """
     with open_from(directory / FILE, step) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(
+            jsonl.line({"step": step, "prompt": prompt, "answer": answer} | numbers)
+            for prompt, answer, numbers in zip(prompts, answers, numbers_of(scores, seq_kl, lengths), strict=True)
+        )
+
+
+def numbers_of(scores: np.ndarray, seq_kl: np.ndarray, lengths: np.ndarray) -> list[dict[str, float | int]]:
+    """What a row of an answer says of it beside its text."""
+    return [
+        {"score": float(score), "kl_nats": float(kl), "tokens": int(length)}
+        for score, kl, length in zip(scores, seq_kl, lengths, strict=True)
+    ]
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
@@ -26,11 +46,22 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return read_rows(directory / FILE)
 
 
-def shown_steps(samples: list[dict[str, Any]], total: int) -> dict[str, int]:
-    """Which sampled iterations a closing table shows: SFT, the one nearest half-way, now."""
-    steps = sorted({sample["step"] for sample in samples})
+def steps_at_end(samples: list[dict[str, Any]], total: int) -> dict[str, int]:
+    """Which sampled iterations the table at the end of a run shows: SFT, the one nearest half-way, now."""
+    steps = _steps(samples)
     return {
         "SFT": steps[0],
         "half-way": min(steps, key=lambda step: abs(step - total // 2)),
         "now": steps[-1],
     }
+
+
+def steps_so_far(samples: list[dict[str, Any]]) -> dict[str, int]:
+    """Which sampled iterations a look at a run shows: SFT, the last but one, now; fewer where there are fewer."""
+    first, *later = _steps(samples)
+    titles = ("previous", "now")[-len(later) :] if later else ()
+    return {"SFT": first} | dict(zip(titles, later[-2:], strict=True))
+
+
+def _steps(samples: list[dict[str, Any]]) -> list[int]:
+    return sorted({sample["step"] for sample in samples})

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_jax import durable
+from ppo_jax import durable, jsonl
 from ppo_jax.config import MonitorConfig
 from ppo_jax.errors import UserError
 from ppo_jax.monitor.alarms import FILE as ALARMS_FILE
@@ -19,8 +18,6 @@ from ppo_jax.monitor.alarms import Alarm
 from ppo_jax.monitor.metrics import scalars
 from ppo_jax.monitor.signals import HISTOGRAM_EDGES
 from ppo_jax.processes import is_lead
-
-log = logging.getLogger("ppo_jax")
 
 
 class MetricsWriter:
@@ -78,30 +75,15 @@ class MetricsWriter:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file, none when it is not there; a last line that a killed process left torn is dropped."""
-    if not file.is_file():
-        return []
-    *lines, last = file.read_bytes().split(b"\n")  # not splitlines of a text: an answer may hold U+2028
-    if last:
-        log.warning("warning: %s ends in a torn line, which is dropped", file)
-    return [_row(file, number, line) for number, line in enumerate(lines, 1) if line]
-
-
-def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError("no object with a step")
-        return row
-    except ValueError as error:
-        raise UserError(f"{file}:{number} is damaged ({error}); remove this line to continue without it") from error
+    """Rows with a step, none when there is no such file; a last line that a killed process left torn is dropped."""
+    return jsonl.read(file, step=int)
 
 
 def open_from(file: Path, first_step: int):
     """A JSONL file open for appending, holding only rows of earlier steps: a resumed run writes no step twice."""
     kept = [row for row in read_rows(file) if row["step"] < first_step]
     if file.is_file():
-        durable.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        durable.write_text(file, "".join(map(jsonl.line, kept)))
     return file.open("a", encoding="utf-8")
 
 
