@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ppo_jax import config_file
-from ppo_jax.config import sections
+from ppo_jax import config_file, reward_model_config
+from ppo_jax.config import Config, Settings, sections
 from ppo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -19,16 +19,22 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit code 0 when the run ended as configured, 2 for anything the user can mend, 130 and 143 (128 + the signal)
     when Ctrl-C or SIGTERM ended it."""
+    _exiting(run, arguments, if_interrupted="--resume continues from the last checkpoint, if there is one")
+
+
+def reward_model_main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m ppo_jax.reward_model`; exit codes as of `main`."""
+    _exiting(train_reward_model, arguments, if_interrupted="the training starts anew next time")
+
+
+def _exiting(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None, *, if_interrupted: str) -> None:
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"ppo-jax: {error}", file=sys.stderr, flush=True)  # other processes may keep this one waiting at its end
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print(
-            "ppo-jax: interrupted; --resume continues from the last checkpoint, if there is one",
-            file=sys.stderr,
-        )
+        print(f"ppo-jax: interrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -72,6 +78,28 @@ def run(arguments: Sequence[str]) -> None:
     print(f"Run: {result.directory}\nPolicy, in Hugging Face format: {result.policy_directory}")
 
 
+def train_reward_model(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_jax.reward_model",
+        description="Train a reward model from preference pairs (docs/reward_models.md). It cannot be resumed.",
+        epilog="Every field of the configuration can be set on the command line, values are YAML:\n"
+        + help_text(reward_model_config.RewardModelConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    options, rest = parser.parse_known_args(arguments)
+    config = reward_model_config.load(options.config, parse_overrides(rest))
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return
+    from ppo_jax.reward_model import build, train
+
+    result = train(build(config))
+    print(f"Run: {result.directory}\nReward model, in Hugging Face format: {result.model_directory}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ppo_jax.train",
@@ -98,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def help_text() -> str:
+def help_text(kind: type[Settings] = Config) -> str:
     """Every field with its type, default and meaning."""
     lines = []
-    for name, section in sections():
+    for name, section in sections(kind):
         lines.append(f"\n{name}:")
         for key, field in section.model_fields.items():
             kind = _type_name(field.annotation)

@@ -1,19 +1,32 @@
 """From YAML and dotted overrides to a `Config`: every problem reported at once, and what is probably not meant."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from ppo_jax.config import Config, RewardConfig, known_keys
+from ppo_jax.config import Config, RewardConfig, Settings, known_keys
 from ppo_jax.errors import UserError
+
+AnyConfig = TypeVar("AnyConfig", bound=Settings)
+Misfit = tuple[tuple[str, ...], str]  # the keys involved, the message
 
 
 def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Config from a YAML file (or the defaults) and dotted overrides such as {"update.epochs": 4}.
+    """Config from a YAML file (or the defaults) and dotted overrides such as {"update.epochs": 4}."""
+    return load_kind(Config, _misfits, file, overrides)
+
+
+def load_kind(
+    kind: type[AnyConfig],
+    misfits: Callable[[AnyConfig], Iterator[Misfit]],
+    file: str | Path | None,
+    overrides: dict[str, Any] | None,
+) -> AnyConfig:
+    """The configuration of some command from a YAML file (or its defaults) and dotted overrides.
 
     Raises UserError with every problem at once: unknown keys with the nearest known name, types, ranges, and what does
     not fit together.
@@ -27,23 +40,29 @@ def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None
             values[section] = value
         elif isinstance(values.setdefault(section, {}), dict):  # else the file's section is reported as it is
             values[section][key] = value
-    return parse(values, where=where)
+    return _parse_kind(kind, misfits, values, where=where)
 
 
 def parse(values: dict[str, Any], *, where: str) -> Config:
     """Validated config of nested dictionaries; `where` is named in the error."""
+    return _parse_kind(Config, _misfits, values, where=where)
+
+
+def _parse_kind(
+    kind: type[AnyConfig], misfits: Callable[[AnyConfig], Iterator[Misfit]], values: dict[str, Any], *, where: str
+) -> AnyConfig:
     problems, bad_keys = [], set()
     try:
-        config = Config.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         for entry in error.errors():
             location = tuple(str(part) for part in entry["loc"][:2])
             bad_keys.add(".".join(location))
-            problems.append(_describe(dict(entry)))
-        config = Config.model_validate(_without(values, bad_keys))
+            problems.append(_describe(dict(entry), kind))
+        config = kind.model_validate(_without(values, bad_keys))
     problems += [
         text
-        for keys, text in _misfits(config)
+        for keys, text in misfits(config)
         if not bad_keys.intersection(keys) and not bad_keys.intersection(key.partition(".")[0] for key in keys)
     ]
     if problems:
@@ -89,15 +108,15 @@ def _without(values: dict[str, Any], bad_keys: set[str]) -> dict[str, Any]:
     }
 
 
-def _describe(entry: dict[str, Any]) -> str:
+def _describe(entry: dict[str, Any], kind: type[Settings]) -> str:
     dotted = ".".join(str(part) for part in entry["loc"][:2])
     if entry["type"] == "extra_forbidden":
         # By the last part alone: the name of its section would make every key in it look near.
         section, _, name = dotted.rpartition(".")
-        known = {key.rpartition(".")[2]: key for key, _ in known_keys()}
-        own = {key.rpartition(".")[2]: key for key, _ in known_keys() if key.startswith(f"{section}.")}
+        known = {key.rpartition(".")[2]: key for key, _ in known_keys(kind)}
+        own = {key.rpartition(".")[2]: key for key, _ in known_keys(kind) if key.startswith(f"{section}.")}
         if not section:
-            known |= {name: name for name in Config.model_fields}
+            known |= {name: name for name in kind.model_fields}
         near = [
             candidates[match]
             for candidates in (own, known)

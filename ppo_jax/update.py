@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.config import Config, UpdateConfig
+from ppo_jax.config import Config, OptimizerConfig, UpdateConfig
 from ppo_jax.models.critic import cast_trunks, split_critic
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.ops import kl, losses, masking
@@ -80,7 +80,7 @@ def learning_rate(
 
 
 @cache
-def make_optimizer(update: UpdateConfig, total_steps: int, *, idle_steps: int = 0) -> optax.GradientTransformation:
+def make_optimizer(update: OptimizerConfig, total_steps: int, *, idle_steps: int = 0) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with decay on matrices only.
 
     The learning rate is 0 in the first `idle_steps` of the steps; its schedule begins behind them. The same object for

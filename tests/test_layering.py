@@ -14,17 +14,21 @@ ROOT = Path(__file__).parent.parent
 # The first part of a module's name inside of ppo_jax and its level; a new one must be given a level here.
 LEVELS = {
     "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "tracing": 0, "assets": 0,
+    "reward_model_config": 0,
     "ops": 1, "processes": 1, "interruption": 1, "prompt_files": 1, "prompt_forms": 1,
-    "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2,
+    "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2, "pairs": 2,
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
+    "reward_training": 3,
     "algorithm": 4, "build": 4, "run_directory": 4,
-    "evaluation": 5, "train": 6, "plan": 6, "cli": 7, "__init__": 8, "__main__": 8,
+    "evaluation": 5, "train": 6, "plan": 6, "reward_model": 6, "cli": 7, "__init__": 8, "__main__": 8,
 }  # fmt: skip
 SAME_LEVEL = {
     ("build", "algorithm"),
     ("build", "run_directory"),
     ("config_file", "config"),
     ("config_file", "errors"),
+    ("reward_model_config", "config"),
+    ("reward_model_config", "config_file"),
     ("config", "errors"),
     ("records", "errors"),
     ("models", "sharding"),

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -263,7 +264,19 @@ def export_tensors(config: PretrainedConfig, spec: DecoderSpec, params: Params, 
 
 
 def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=jnp.float32) -> None:
-    """Write a directory that `transformers.AutoModelForCausalLM` loads with identical tensors.
+    """Write a directory that `transformers.AutoModelForCausalLM` loads with identical tensors."""
+    save_tensors(directory, model, export_tensors(model.config, model.spec, params, dtype), dtype=dtype)
+
+
+def save_tensors(
+    directory: Path,
+    model: ModelDirectory,
+    tensors: dict[str, np.ndarray],
+    *,
+    dtype,
+    config_changes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write a model directory of tensors under their Hugging Face names, and the model's config with some changes.
 
     Tokenizer, chat template and generation config come along. The directory appears whole or not at all: everything is
     written beside it first. An existing one is replaced.
@@ -272,19 +285,21 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_model(partial, model, params, dtype=dtype)
+        _write_model(partial, model, tensors, {**config_changes, "dtype": jnp.dtype(dtype).name})
         durable.publish(partial, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the model could not be written to {directory}: {error}") from error
 
 
-def _write_model(partial: Path, model: ModelDirectory, params: Params, *, dtype) -> None:
-    _save_shards(partial, export_tensors(model.config, model.spec, params, dtype))
+def _write_model(
+    partial: Path, model: ModelDirectory, tensors: dict[str, np.ndarray], config_changes: Mapping[str, Any]
+) -> None:
+    _save_shards(partial, tensors)
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config.pop("auto_map", None)  # the code it points to stays behind
-    config["dtype"] = jnp.dtype(dtype).name
+    config |= config_changes
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.tokenizer.save_pretrained(partial)
     if (model.path / GENERATION_CONFIG).is_file():
