@@ -222,4 +222,5 @@ def cut_alike(chosen: list[int], rejected: list[int], *, most: int) -> tuple[lis
         min(len(chosen), len(rejected)) - 1,
     )
     alike = min(max(len(chosen), len(rejected)) - most, shared)
-    return tuple(tokens[max(alike, 0) :][-most:] for tokens in (chosen, rejected))
+    start = max(alike, 0)
+    return chosen[start:][-most:], rejected[start:][-most:]

@@ -80,6 +80,11 @@ class RewardModelRun:
         """Whole batches in all epochs together; the last pairs of one fill up with the first of the next."""
         return max(1, int(self.config.train.epochs * self.steps_per_epoch))
 
+    def ends_an_epoch(self, step: int) -> bool:
+        """Whether all pairs were seen once more after this step; of the last step always."""
+        each = self.steps_per_epoch
+        return int((step + 1) / each) > int(step / each) or step + 1 == self.steps
+
 
 @dataclass(frozen=True)
 class RewardModelResult:
@@ -128,6 +133,7 @@ def _train(run: RewardModelRun, writer: MetricsWriter) -> RewardModelResult:
     optimizer = make_optimizer(config.train, run.steps)
     trained, opt_state = run.trained, optimizer.init(run.trained)
     texts, held_out, history = make_texts(run, run.training), make_texts(run, run.held_out), []
+    chosen = rejected = np.zeros(0)  # scores of the held-out pairs
     print(f"{count} pairs to train on, {len(run.held_out)} held out, {run.steps} steps", flush=True)
     for step in range(run.steps):
         start = time.perf_counter()
@@ -138,14 +144,15 @@ def _train(run: RewardModelRun, writer: MetricsWriter) -> RewardModelResult:
             trained, opt_state, run.frozen, rows, margins, optimizer=optimizer, objective=run.objective
         )
         numbers = to_host(stats) | {"time/step_s": time.perf_counter() - start}
-        if int((step + 1) / run.steps_per_epoch) > int(step / run.steps_per_epoch) or step + 1 == run.steps:
-            numbers |= preference_metrics(*pair_scores(run, trained, held_out))
+        if run.ends_an_epoch(step):
+            chosen, rejected = pair_scores(run, trained, held_out)
+            numbers |= preference_metrics(chosen, rejected)
         writer.write(step, numbers)
         history.append({"step": step} | numbers)
         _show(step, run.steps, numbers)
         if numbers["update/skipped_steps"] > 0:
             raise UserError(f"step {step}: the loss or the gradient is not finite; lower train.learning_rate")
-    evaluation = _evaluate(run, trained, held_out)
+    evaluation = _write_evaluation(run, chosen, rejected)
     directory = run.directory / "reward_model"
     save_scorer(directory, run.model, joined_scorer(trained, run.frozen), label=LABEL, dtype=config.model.export_dtype)
     return RewardModelResult(run.directory, directory, history, evaluation)
@@ -170,9 +177,8 @@ def pair_scores(run: RewardModelRun, trained: Params, texts: Texts) -> Sequence[
     return np.split(text_scores(trained, run.frozen, texts, objective=run.objective, batch_size=size), 2)
 
 
-def _evaluate(run: RewardModelRun, trained: Params, held_out: Texts) -> dict[str, Any]:
+def _write_evaluation(run: RewardModelRun, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
     """The held-out pairs at the end, as `evaluation.json` and, where asked for, as a diagram."""
-    chosen, rejected = pair_scores(run, trained, held_out)
     bins = calibration(chosen - rejected)
     evaluation = {"pairs": len(chosen)} | preference_metrics(chosen, rejected) | {"calibration": bins}
     durable.write_text(run.directory / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""`python -m scripts.dialogue_prompts PAIRS --config RUN/config.yaml --out FILE`: prompts that a reward model never saw.
+"""`python -m scripts.dialogue_prompts PAIRS --config RUN/config.yaml --out FILE`: prompts new to a reward model.
 
 Of the dialogues of PAIRS everything before the last answer, where `ppo_jax.reward_model` with this configuration did
 not train on it: among them are those that it was evaluated on.

@@ -99,9 +99,9 @@ def test_an_interval_has_a_width_where_all_trials_went_one_way():
 
 
 def test_bins_hold_what_is_claimed_and_what_is_seen():
-    leads = np.asarray([0.0, 0.1, -0.1, 1.0, 1.1, -1.05, 30.0, 40.0])
+    leads = np.asarray([0.0, 0.1, -0.1, 1.0, 0.95, -1.05, 30.0, 40.0])
     rows = calibration(leads)
-    inside = [[0.0, 0.1, -0.1], [1.0, 1.1, -1.05], [30.0, 40.0]]
+    inside = [[0.0, 0.1, -0.1], [1.0, 0.95, -1.05], [30.0, 40.0]]
     assert [row["pairs"] for row in rows] == [3, 3, 2]
     for row, members in zip(rows, inside, strict=True):
         claims = [1 / (1 + math.exp(-abs(lead))) for lead in members]

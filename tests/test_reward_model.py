@@ -43,7 +43,7 @@ def base(tmp_path_factory):
     rng, rows = np.random.default_rng(0), []
     for i in range(48):
         things, again = rng.choice(["soup", "bread", "hotel", "night", "food"], 2), rng.choice(["the old", "a", "we"])
-        texts = [f" {again} {things[0]} was {word} and {things[1]}" for word in ("good", "bad")]
+        texts = [f" {again} {things[0]} was {word}" for word in ("good", "bad")]
         rows.append({"prompt": f"the {things[1]} {i}:", "chosen": texts[0], "rejected": texts[1]})
     file = directory / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,7 +67,7 @@ def trained(base, tmp_path_factory):
 
 def logits_of(directory, rows):
     """transformers' scores of token rows, one at a time."""
-    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(directory, attn_implementation="eager").eval()
     with torch.no_grad():
         return np.asarray([model(input_ids=torch.tensor([row])).logits[0].item() for row in rows])
 
@@ -85,16 +85,6 @@ def test_training_starts_at_ln_2_and_ends_knowing_the_held_out_pairs(trained):
     assert [row["step"] for row in evaluated] == [3, 7, 11, 15, 19, 23]
     assert evaluated[-1]["evaluation/preference_loss"] < 0.3 < evaluated[0]["evaluation/preference_loss"]
     assert evaluated[-1]["evaluation/accuracy"] == 1.0
-
-
-def test_scores_stay_centred_with_the_centring_term_alone(base, trained, tmp_path):
-    _, result = trained
-    free = reward_model.train(reward_model.build(settings(base, tmp_path / "run", train__center_coef=0.0)))
-    strict = reward_model.train(reward_model.build(settings(base, tmp_path / "strict", train__center_coef=0.3)))
-    means = [abs(run.evaluation["evaluation/score_mean"]) for run in (free, result, strict)]
-    assert means[2] < 0.3 * means[0]
-    assert means[1] <= means[0]
-    assert strict.evaluation["evaluation/accuracy"] == 1.0
 
 
 def test_transformers_gives_the_saved_model_the_same_scores(trained):
@@ -154,7 +144,7 @@ def test_a_decoder_in_two_parts_is_the_decoder(name, hf_directory):
             np.testing.assert_allclose(found, whole, rtol=0, atol=2e-6 * float(jnp.abs(whole).max()))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "gemma2"])
 def test_a_scorer_of_any_family_is_saved_with_the_scores_of_transformers(name, hf_directory, tmp_path):
     model = open_model(str(hf_directory(name)[1]))
     scorer = load_scorer(model, key="model.path")
@@ -203,7 +193,8 @@ def test_the_gradient_of_the_last_layers_is_that_of_training_everything_and_belo
     chosen, rejected = np.asarray(scores, np.float64).reshape(2, 2)
     preference = np.mean(np.logaddexp(0, np.asarray(margins) - (chosen - rejected)))
     centring = 0.1 * np.mean((chosen + rejected) ** 2)
-    assert loss == pytest.approx(whole_loss, rel=1e-5) == pytest.approx(preference + centring, rel=1e-5)
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert loss == pytest.approx(preference + centring, rel=1e-5)
     assert float(stats["train/preference_loss"]) == pytest.approx(preference, rel=1e-5)
     assert float(stats["train/centring_loss"]) == pytest.approx(centring, rel=1e-5)
 
@@ -340,7 +331,7 @@ def test_a_plot_without_matplotlib_is_refused_at_the_start(base, tmp_path, monke
 
 def test_pairs_become_a_reward_model_that_scores_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    short = {"data.train_pairs": 32, "data.evaluation_pairs": 16, "train.epochs": 1, "train.layers": 1}
+    short = {"data.train_pairs": 32, "data.evaluation_pairs": 16, "train.epochs": 1, "train.learning_rate": 3e-3}
     config = load(
         "configs/reward_model_tiny.yaml", short | {"run.dir": str(tmp_path / "rm"), "monitor.tensorboard": False}
     )
