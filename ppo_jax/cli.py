@@ -126,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def help_text(kind: type[Settings] = Config) -> str:
+def help_text(settings: type[Settings] = Config) -> str:
     """Every field with its type, default and meaning."""
     lines = []
-    for name, section in sections(kind):
+    for name, section in sections(settings):
         lines.append(f"\n{name}:")
         for key, field in section.model_fields.items():
             kind = _type_name(field.annotation)

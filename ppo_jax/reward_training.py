@@ -151,7 +151,7 @@ class Texts:
             if states is not None and self.states is not None:
                 states[row, :length] = self.states[i]
         last = np.asarray([self.last[i] for i in indices], np.int32)
-        return TextRows(tokens, mask, last, states)
+        return TextRows(*jax.tree.map(jnp.asarray, (tokens, mask, last, states)))
 
     def batches(self, size: int):
         """(indices, rows) of all texts by length; the last batch is filled up with its first text."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +111,9 @@ def save_scorer(directory: Path, model: ModelDirectory, scorer: Params, *, label
 
 def pad_token_id(model: ModelDirectory) -> int | None:
     """The pad of a model's config, else that of its tokenizer: where it ends a text, the score is read before it."""
-    stated = getattr(model.config, "pad_token_id", None)
-    return model.tokenizer.pad_token_id if stated is None else stated
+    stated: Any = getattr(model.config, "pad_token_id", None)
+    own: Any = model.tokenizer.pad_token_id
+    return own if stated is None else stated
 
 
 def _architectures(model: ModelDirectory) -> list[str]:

@@ -1,6 +1,7 @@
 """A decoder in two parts: layers that stay as they are, and the last ones, which train."""
 
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -52,4 +53,5 @@ def upper_hidden(
     for i, layer in enumerate(spec.layers[first:], first):
         block, mask = block_type(spec, layer), windowed(visible, layer.window, 0)
         states = by_rows(block.apply({"params": params[f"layer_{i}"]}, states, positions, mask, None, None)[0])
-    return Norm(spec.norm, spec.norm_eps).apply({"params": params["final_norm"]}, states)
+    hidden: Any = Norm(spec.norm, spec.norm_eps).apply({"params": params["final_norm"]}, states)
+    return hidden
