@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -146,10 +147,16 @@ def test_a_decoder_in_two_parts_is_the_decoder(name, hf_directory):
 
 @pytest.mark.parametrize("name", ["gpt2", "pythia", "gemma2"])
 def test_a_scorer_of_any_family_is_saved_with_the_scores_of_transformers(name, hf_directory, tmp_path):
-    model = open_model(str(hf_directory(name)[1]))
+    base = shutil.copytree(hf_directory(name)[1], tmp_path / "base")
+    without_pad = json.loads((base / "config.json").read_text()) | {"pad_token_id": None}
+    (base / "config.json").write_text(json.dumps(without_pad))
+    model = open_model(str(base))
     scorer = load_scorer(model, key="model.path")
     scorer["head"]["kernel"] = jnp.asarray(np.random.default_rng(1).normal(size=model.spec.width), jnp.float32)
     save_scorer(tmp_path / "saved", model, scorer, label="score")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["pad_token_id"] == model.tokenizer.pad_token_id == 2  # else transformers reads no batches
+    assert saved["id2label"] == {"0": "score"}
     rows = [np.random.default_rng(i).integers(3, 37, 5 + i).tolist() for i in range(3)]
     objective = objective_of(model, None)
     parts = reward_training.split_scorer(scorer, objective)
