@@ -30,6 +30,7 @@ from ppo_jax.ops.rewards import first_moments
 from ppo_jax.processes import from_lead
 from ppo_jax.prompts import Prompts, load_prompts, load_split
 from ppo_jax.records import TrainState
+from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.rewards.classifier import load_reward_model
 from ppo_jax.rewards.source import MODEL, Reward, RewardFunction, open_reward
 from ppo_jax.rollout import Endings, Sampling
@@ -140,7 +141,8 @@ def _build(
     if not resume:
         lock.acquire()
         from_lead(partial(check_unused, directory))  # another may have begun there while the model was loaded
-    from_lead(partial(write_description, directory, config, reference_digest, from_python))
+    described = {"reference_digest": reference_digest, "from_python": from_python}
+    from_lead(partial(write_description, directory, config, described))
     return run, state
 
 
@@ -255,7 +257,7 @@ def make_sampling(config: Config) -> Sampling:
     )
 
 
-def open_model(config: Config) -> ModelDirectory:
+def open_model(config: Config | RewardModelConfig) -> ModelDirectory:
     """The configured model without its weights."""
     path = config.model.path
     if path == EMBEDDED:
@@ -324,7 +326,7 @@ def pick_fixed_prompts(config: Config, model: ModelDirectory, prompts: Prompts) 
     return replace(given, columns=columns)
 
 
-def float32_means_float32(config: Config) -> None:
+def float32_means_float32(config: Config | RewardModelConfig) -> None:
     """On a GPU JAX multiplies float32 matrices in TF32 (10 bits) unless told otherwise."""
     if config.model.compute_dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")

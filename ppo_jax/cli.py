@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from ppo_jax import config_file, generate_config
-from ppo_jax.config import EMBEDDED, Config, known_keys, sections
+from ppo_jax import config_file, generate_config, reward_model_config
+from ppo_jax.config import EMBEDDED, Config, Settings, known_keys, sections
 from ppo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -25,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def generate_main(arguments: Sequence[str] | None = None) -> None:
     """`python -m ppo_jax.generate`; exit codes as of `main`."""
     _exiting(generate, arguments, if_interrupted="the same command continues behind the last whole answer")
+
+
+def reward_model_main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m ppo_jax.reward_model`; exit codes as of `main`."""
+    _exiting(train_reward_model, arguments, if_interrupted="the training starts anew next time")
 
 
 def _exiting(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None, *, if_interrupted: str) -> None:
@@ -114,6 +119,28 @@ def _generate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def train_reward_model(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_jax.reward_model",
+        description="Train a reward model from preference pairs (docs/reward_models.md). It cannot be resumed.",
+        epilog="Every field of the configuration can be set on the command line, values are YAML:\n"
+        + help_text(reward_model_config.RewardModelConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    options, rest = parser.parse_known_args(arguments)
+    config = reward_model_config.load(options.config, parse_overrides(rest))
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return
+    from ppo_jax.reward_model import build, train
+
+    result = train(build(config))
+    print(f"Run: {result.directory}\nReward model, in Hugging Face format: {result.model_directory}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ppo_jax.train",
@@ -141,15 +168,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def help_text(kind: type[Config] = Config, about: tuple[str, ...] = ("",)) -> str:
+def help_text(kind: type[Settings] = Config, about: tuple[str, ...] = ("",)) -> str:
     """Every field, or those whose keys begin as one of `about`, with its type, default and meaning."""
     lines = []
     for name, section in sections(kind):
         fields = {key: field for key, field in section.model_fields.items() if f"{name}.{key}".startswith(about)}
         lines += [f"\n{name}:"] if fields else []
         for key, field in fields.items():
-            kind = _type_name(field.annotation)
-            lines.append(f"  --{name}.{key} {kind}  [{_shown(field.default)}]\n      {field.description}")
+            lines.append(
+                f"  --{name}.{key} {_type_name(field.annotation)}  [{_shown(field.default)}]\n      {field.description}"
+            )
     return "\n".join(lines)
 
 

@@ -60,7 +60,7 @@ class ModelConfig(Section, frozen=True):
         default="float32",
         description="dtype of forward and backward passes; master weights and log-probs stay float32",
     )
-    export_dtype: DType = Field(default="float32", description="dtype of the weights written to policy/")
+    export_dtype: DType = Field(default="float32", description="dtype of the weights that the run leaves behind")
     ignored_config_fields: tuple[str, ...] = Field(
         default=(), description="fields of config.json, unknown to the decoder, that you know to change no logit"
     )
@@ -260,17 +260,29 @@ class CriticConfig(Section, frozen=True):
     )
 
 
-class UpdateConfig(Section, frozen=True):
-    epochs: Positive = Field(default=2, description="passes over the batch; more than 4 is warned of")
-    minibatch_size: Positive = Field(default=32, description="answers per optimizer step")
-    micro_batch_size: Positive | None = Field(
-        default=None, description="answers per forward pass, in scoring too; by default the minibatch"
-    )
+class OptimizerConfig(Section, frozen=True):
+    """AdamW and its schedule, of every command that trains."""
+
     learning_rate: PositiveFloat = Field(default=2e-4, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="after the warm-up: constant, or a decay that reaches 0 when the run ends"
     )
     warmup_steps: NonNegative = Field(default=0, description="optimizer steps of linear warm-up, from above 0")
+    max_grad_norm: PositiveFloat | None = Field(
+        default=1.0, description="global norm the gradient is clipped to; null is off"
+    )
+    adam_b1: Decay = Field(default=0.9, description="decay of AdamW's first moment")
+    adam_b2: Decay = Field(default=0.95, description="decay of AdamW's second moment")
+    adam_eps: PositiveFloat = Field(default=1e-8, description="AdamW's ε, outside the square root")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay, on matrices only")
+
+
+class UpdateConfig(OptimizerConfig, frozen=True):
+    epochs: Positive = Field(default=2, description="passes over the batch; more than 4 is warned of")
+    minibatch_size: Positive = Field(default=32, description="answers per optimizer step")
+    micro_batch_size: Positive | None = Field(
+        default=None, description="answers per forward pass, in scoring too; by default the minibatch"
+    )
     clip_eps: PositiveFloat = Field(default=0.2, description="ε: the ratio is clipped to [1 − ε, 1 + ε]")
     clip_eps_high: PositiveFloat | None = Field(default=None, description="ε of the upper bound; null is clip_eps")
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False), _Number] | None = Field(
@@ -285,13 +297,6 @@ class UpdateConfig(Section, frozen=True):
         default=None,
         description="advantages are weighted by min(π_training / π_rollout, this) per token; null is off",
     )
-    max_grad_norm: PositiveFloat | None = Field(
-        default=1.0, description="global norm the gradient is clipped to; null is off"
-    )
-    adam_b1: Decay = Field(default=0.9, description="decay of AdamW's first moment")
-    adam_b2: Decay = Field(default=0.95, description="decay of AdamW's second moment")
-    adam_eps: PositiveFloat = Field(default=1e-8, description="AdamW's ε, outside the square root")
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay, on matrices only")
     normaliser: Literal["constant", "token_mean", "sequence_mean"] = Field(
         default="constant",
         description="what divides the summed loss: answers x max_new_tokens (unbiased), or the tokens or the answers "
@@ -300,7 +305,16 @@ class UpdateConfig(Section, frozen=True):
     remat: bool = Field(default=False, description="recompute each layer in the backward pass: less memory, more time")
 
 
-class MonitorConfig(Section, frozen=True):
+class SinksConfig(Section, frozen=True):
+    """Where metrics go beside `metrics.jsonl`."""
+
+    tensorboard: bool = Field(default=True, description="write TensorBoard event files")
+    wandb_project: NonEmpty | None = Field(
+        default=None, description="also log to this Weights & Biases project (extra: wandb)"
+    )
+
+
+class MonitorConfig(SinksConfig, frozen=True):
     fixed_prompts: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] | None = Field(
         default=None, description="prompts answered with fixed noise over time; by default the first 4 of the prompts"
     )
@@ -311,10 +325,6 @@ class MonitorConfig(Section, frozen=True):
         default=0, description="iterations between answers to the held-out prompts of the prompts section; 0 is off"
     )
     live: bool = Field(default=True, description="the live view, where there is a terminal; else one line an iteration")
-    tensorboard: bool = Field(default=True, description="write TensorBoard event files")
-    wandb_project: NonEmpty | None = Field(
-        default=None, description="also log to this Weights & Biases project (extra: wandb)"
-    )
 
 
 # Scenes that a tighter hold on the policy can mend: only of these can an alarm act.
@@ -353,7 +363,14 @@ class MeshConfig(Section, frozen=True):
     tensor: Positive = Field(default=1, description="devices along tensor: every layer is split; within one process")
 
 
-class Config(Section, frozen=True):
+class Settings(Section, frozen=True):
+    """The sections of one command."""
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class Config(Settings, frozen=True):
     """All sections. `config_file.load` reads one from YAML and overrides."""
 
     run: RunConfig = RunConfig()
@@ -380,18 +397,15 @@ class Config(Section, frozen=True):
     def optimizer_steps_per_iteration(self) -> int:
         return self.update.epochs * (self.rollout.batch_size // self.update.minibatch_size)
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-
-def sections(kind: type[Config] = Config) -> Iterator[tuple[str, type[Section]]]:
+def sections(kind: type[Settings] = Config) -> Iterator[tuple[str, type[Section]]]:
     """Name and type of every section."""
     for name in kind.model_fields:
         yield name, type(getattr(kind(), name))
 
 
-def known_keys() -> Iterator[tuple[str, Any]]:
+def known_keys(kind: type[Settings] = Config) -> Iterator[tuple[str, Any]]:
     """Every dotted key and its pydantic field."""
-    for name, section in sections():
+    for name, section in sections(kind):
         for key, field in section.model_fields.items():
             yield f"{name}.{key}", field

@@ -1,19 +1,32 @@
 """From YAML and dotted overrides to a `Config`: every problem reported at once, and what is probably not meant."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from ppo_jax.config import Config, LoraConfig, RewardConfig, known_keys
+from ppo_jax.config import Config, LoraConfig, RewardConfig, Settings, known_keys
 from ppo_jax.errors import UserError
+
+AnyConfig = TypeVar("AnyConfig", bound=Settings)
+Misfit = tuple[tuple[str, ...], str]  # the keys involved, the message
 
 
 def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Config from a YAML file (or the defaults) and dotted overrides such as {"update.epochs": 4}.
+    """Config from a YAML file (or the defaults) and dotted overrides such as {"update.epochs": 4}."""
+    return load_kind(Config, misfits_of, file, overrides)
+
+
+def load_kind(
+    kind: type[AnyConfig],
+    misfits: Callable[[AnyConfig], Iterator[Misfit]],
+    file: str | Path | None,
+    overrides: dict[str, Any] | None,
+) -> AnyConfig:
+    """The configuration of some command from a YAML file (or its defaults) and dotted overrides.
 
     Raises UserError with every problem at once: unknown keys with the nearest known name, types, ranges, and what does
     not fit together.
@@ -22,7 +35,7 @@ def load(file: str | Path | None = None, overrides: dict[str, Any] | None = None
     if file is not None:
         values, where = read_yaml(Path(file)), f"{file}{' and overrides' if overrides else ''}"
     override(values, overrides or {})
-    return parse(values, where=where)
+    return parse_kind(kind, misfits, values, where=where)
 
 
 def override(values: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -35,16 +48,15 @@ def override(values: dict[str, Any], overrides: dict[str, Any]) -> None:
             values[section][key] = value
 
 
-AnyConfig = TypeVar("AnyConfig", bound=Config)
+def parse(values: dict[str, Any], *, where: str) -> Config:
+    """Validated config of nested dictionaries; `where` is named in the error."""
+    return parse_kind(Config, misfits_of, values, where=where)
 
 
-def parse(
-    values: dict[str, Any], *, where: str, kind: type[AnyConfig] = Config, about: tuple[str, ...] = ("",)
+def parse_kind(
+    kind: type[AnyConfig], misfits: Callable[[AnyConfig], Iterator[Misfit]], values: dict[str, Any], *, where: str
 ) -> AnyConfig:
-    """Validated config of nested dictionaries; `where` is named in the error.
-
-    How fields fit together is only asked of those whose keys begin as one of `about`.
-    """
+    """The same of the configuration of some command; `misfits` says what does not fit together."""
     problems, bad_keys = [], set()
     try:
         config = kind.model_validate(values)
@@ -52,14 +64,12 @@ def parse(
         for entry in error.errors():
             location = tuple(str(part) for part in entry["loc"][:2])
             bad_keys.add(".".join(location))
-            problems.append(_describe(dict(entry)))
+            problems.append(_describe(dict(entry), kind))
         config = kind.model_validate(_without(values, bad_keys))
     problems += [
         text
-        for keys, text in _misfits(config)
-        if all(key.startswith(about) for key in keys)
-        and not bad_keys.intersection(keys)
-        and not bad_keys.intersection(key.partition(".")[0] for key in keys)
+        for keys, text in misfits(config)
+        if not bad_keys.intersection(keys) and not bad_keys.intersection(key.partition(".")[0] for key in keys)
     ]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -104,15 +114,15 @@ def _without(values: dict[str, Any], bad_keys: set[str]) -> dict[str, Any]:
     }
 
 
-def _describe(entry: dict[str, Any]) -> str:
+def _describe(entry: dict[str, Any], kind: type[Settings]) -> str:
     dotted = ".".join(str(part) for part in entry["loc"][:2])
     if entry["type"] == "extra_forbidden":
         # By the last part alone: the name of its section would make every key in it look near.
         section, _, name = dotted.rpartition(".")
-        known = {key.rpartition(".")[2]: key for key, _ in known_keys()}
-        own = {key.rpartition(".")[2]: key for key, _ in known_keys() if key.startswith(f"{section}.")}
+        known = {key.rpartition(".")[2]: key for key, _ in known_keys(kind)}
+        own = {key.rpartition(".")[2]: key for key, _ in known_keys(kind) if key.startswith(f"{section}.")}
         if not section:
-            known |= {name: name for name in Config.model_fields}
+            known |= {name: name for name in kind.model_fields}
         near = [
             candidates[match]
             for candidates in (own, known)
@@ -122,7 +132,7 @@ def _describe(entry: dict[str, Any]) -> str:
     return f"{dotted}: {entry['msg'][0].lower()}{entry['msg'][1:]}, got {entry['input']!r}"
 
 
-def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def misfits_of(config: Config) -> Iterator[Misfit]:
     """What is wrong between fields: (the keys involved, the message)."""
     rollout, update = config.rollout, config.update
     for key in ("model_label", "model_batch_size", "model_chat_template", "model_max_tokens"):
@@ -170,7 +180,7 @@ def _misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
-def _adapter_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def _adapter_misfits(config: Config) -> Iterator[Misfit]:
     """What says how an adapter begins needs a new one: an old one has its own rank, α and targets."""
     lora, fields = config.lora, LoraConfig.model_fields
     changed = [key for key in ("rank", "alpha", "targets") if getattr(lora, key) != fields[key].default]
@@ -193,7 +203,7 @@ OF_A_CRITIC = ("gae", "whitened_gae")
 UNSCALED = ("leave_one_out", "leave_one_out_to_go", "group_leave_one_out", "group_leave_one_out_to_go", "gae")
 
 
-def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def _algorithm_misfits(config: Config) -> Iterator[Misfit]:
     """Choices of algorithm whose combination has no right gradient, or no meaning."""
     rollout, reward, critic, estimator = config.rollout, config.reward, config.critic, config.advantage.estimator
     if config.kl.form == "exact" and estimator not in UNSCALED:
@@ -261,7 +271,7 @@ def _algorithm_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
 
 
-def _prompt_misfits(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def _prompt_misfits(config: Config) -> Iterator[Misfit]:
     """Keys of prompts and their evaluation that need or exclude each other."""
     prompts = config.prompts
     if prompts.form == "messages" and not prompts.chat_template:

@@ -1,12 +1,13 @@
 """The configuration of `python -m ppo_jax.generate`: those keys of a run's that answers depend on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from ppo_jax import config_file
-from ppo_jax.config import Config, NonNegativeFloat, RolloutConfig
+from ppo_jax.config import Config, NonNegativeFloat, RolloutConfig, known_keys
 from ppo_jax.errors import UserError
 
 # Keys and beginnings of keys.
@@ -50,7 +51,7 @@ def load(file: str | Path | None, overrides: dict[str, Any], *, scored: bool) ->
     values = {section: content for section, content in values.items() if section not in of_training}
     where = f"{file} and overrides" if file is not None else "overrides"
     config_file.override(values, overrides)
-    config = config_file.parse(values, where=where, kind=GenerateConfig, about=READ)
+    config = config_file.parse_kind(GenerateConfig, _misfits, values, where=where)
     rollout = config.rollout
     if rollout.temperature == 0 and rollout.answers_per_prompt > 1:
         raise UserError(
@@ -60,13 +61,17 @@ def load(file: str | Path | None, overrides: dict[str, Any], *, scored: bool) ->
     return config
 
 
+def _misfits(config: GenerateConfig) -> Iterator[config_file.Misfit]:
+    return (misfit for misfit in config_file.misfits_of(config) if all(key.startswith(READ) for key in misfit[0]))
+
+
 def is_known(key: str) -> bool:
-    return key in dict(config_file.known_keys())
+    return key in dict(known_keys())
 
 
 def recorded(config: GenerateConfig, *, scored: bool) -> dict[str, Any]:
     """The settings that decide which answers (and, where `scored`, scores) are written, by dotted key."""
     values = config.model_dump(mode="json")
-    keys = (key for key, _ in config_file.known_keys() if key.startswith(READ) and not key.startswith(NOT_RECORDED))
+    keys = (key for key, _ in known_keys() if key.startswith(READ) and not key.startswith(NOT_RECORDED))
     found = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
     return {key: value for key, value in found.items() if scored or not key.startswith("reward.")}

@@ -5,8 +5,10 @@ name no line of a broken file.
 """
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +21,7 @@ from ppo_jax.errors import UserError
 TEXT_COLUMN = "text"  # what a line of a plain text file is called
 REPORTED = 20
 BOM = b"\xef\xbb\xbf"
+GZIPPED = ".gz"
 LARGEST_CELL = 2**31 - 1
 
 
@@ -46,22 +49,33 @@ def read_rows(config: PromptsConfig) -> list[Row]:
     if config.path == EMBEDDED:
         with resources.as_file(resources.files("ppo_jax") / "assets" / "prompts.jsonl") as file:
             return list(_jsonl_rows(file, []))
-    file = Path(config.path).expanduser()
-    reader = READERS.get(file.suffix.lower())
+    return read_source(config.path, split=config.split, key="prompts.path")
+
+
+def read_source(path: str, *, split: str, key: str) -> list[Row]:
+    """All rows of a file, also of one in gzip, or of a hub data set; `key` is the field that errors name."""
+    file = Path(path).expanduser()
+    suffix = Path(file.stem).suffix if file.suffix.lower() == GZIPPED else file.suffix
+    reader = READERS.get(suffix.lower())
     if not file.is_file():
-        if file.exists() or config.path.startswith((".", "/", "~")) or reader is not None:
-            raise UserError(f"prompts.path: {config.path} (resolved: {file.absolute()}) is not a file")
-        return _hub_rows(config)
+        if file.exists() or path.startswith((".", "/", "~")) or reader is not None:
+            raise UserError(f"{key}: {path} (resolved: {file.absolute()}) is not a file")
+        return _hub_rows(path, split, key)
     if reader is None:
-        raise UserError(f"prompts.path: {file} ends in {file.suffix!r}; expected one of {', '.join(READERS)}")
+        raise UserError(f"{key}: {file} ends in {suffix!r}; expected one of {', '.join(READERS)}")
     problems: list[Problem] = []
     try:
         rows = list(reader(file, problems))
-    except OSError as error:
-        raise UserError(f"prompts.path: {file} (resolved: {file.absolute()}) cannot be read: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{key}: {file} (resolved: {file.absolute()}) cannot be read: {error}") from error
     if problems:
-        refuse(f"prompts.path: {config.path} could not be read", problems)
+        refuse(f"{key}: {path} could not be read", problems)
     return rows
+
+
+def _content(file: Path) -> bytes:
+    data = file.read_bytes()
+    return (gzip.decompress(data) if file.suffix.lower() == GZIPPED else data).removeprefix(BOM)
 
 
 def refuse(what: str, problems: list[Problem]) -> None:
@@ -76,7 +90,7 @@ def first_line(error: Exception) -> str:
 
 def _jsonl_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
     # By newlines alone: a JSON text may hold U+2028 and other characters that `splitlines` splits at.
-    for number, line in enumerate(file.read_bytes().removeprefix(BOM).split(b"\n"), 1):
+    for number, line in enumerate(_content(file).split(b"\n"), 1):
         if line.strip():
             yield from _row_of_json(line, f"{file}:{number}", problems)
 
@@ -95,7 +109,7 @@ def _row_of_json(line: bytes, where: str, problems: list[Problem]) -> Iterator[R
 
 def _json_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
     try:
-        rows = json.loads(file.read_bytes().removeprefix(BOM).decode())
+        rows = json.loads(_content(file).decode())
     except (ValueError, RecursionError) as error:
         problems.append(Problem(str(file), f"is not JSON in UTF-8: {error}"))
         return
@@ -107,7 +121,7 @@ def _json_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
 
 def _csv_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
     """Comma-separated, a header first, quotes as in RFC 4180; every value is a text."""
-    data = file.read_bytes().removeprefix(BOM)
+    data = _content(file)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -135,7 +149,7 @@ def _csv_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
 
 
 def _text_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
-    for number, line in enumerate(file.read_bytes().removeprefix(BOM).splitlines(), 1):
+    for number, line in enumerate(_content(file).splitlines(), 1):
         try:
             yield Row(f"{file}:{number}", {TEXT_COLUMN: line.decode()})
         except UnicodeDecodeError as error:
@@ -153,17 +167,16 @@ def _parquet_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
     yield from (Row(f"{file}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _hub_rows(config: PromptsConfig) -> list[Row]:
+def _hub_rows(path: str, split: str, key: str) -> list[Row]:
     import datasets  # takes a second
 
     datasets.disable_progress_bars()
     try:
-        rows: Any = datasets.load_dataset(config.path, split=config.split)
-        return [Row(f"{config.path}: row {number}", dict(row)) for number, row in enumerate(rows, 1)]
+        rows: Any = datasets.load_dataset(path, split=split)
+        return [Row(f"{path}: row {number}", dict(row)) for number, row in enumerate(rows, 1)]
     except Exception as error:  # datasets raises its own types, those of pyarrow and of the hub's client
         raise UserError(
-            f"prompts.path: {config.path} is no file here, and as a data set of the hub it could not be read: "
-            f"{first_line(error)}"
+            f"{key}: {path} is no file here, and as a data set of the hub it could not be read: {first_line(error)}"
         ) from error
 
 

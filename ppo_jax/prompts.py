@@ -32,12 +32,7 @@ class Prompts:
 
     def indices(self, step: int, count: int) -> list[int]:
         """Which prompts iteration `step` uses: windows over freshly shuffled epochs, exact over their borders."""
-        size = len(self.texts)
-        first, last = step * count, (step + 1) * count - 1
-        epochs = range(first // size, last // size + 1)
-        order = np.concatenate([np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in epochs])
-        start = first - epochs[0] * size
-        return order[start : start + count].tolist()
+        return shuffled_indices(self.seed, len(self.texts), step, count)
 
     def batch(self, step: int, count: int, own: slice = slice(None)) -> PromptBatch:
         """The `own` ones of the `count` prompts of iteration `step`, left-padded as all of them need it."""
@@ -56,6 +51,15 @@ class Prompts:
         texts, encoded = [self.texts[i] for i in indices], [self.encoded[i] for i in indices]
         columns = {name: [values[i] for i in indices] for name, values in self.columns.items()}
         return Prompts(texts, encoded, self.seed, columns)
+
+
+def shuffled_indices(seed: int, size: int, step: int, count: int) -> list[int]:
+    """Window number `step`, of `count`, over freshly shuffled epochs of `size`; exact over their borders."""
+    first, last = step * count, (step + 1) * count - 1
+    epochs = range(first // size, last // size + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs])
+    start = first - epochs[0] * size
+    return order[start : start + count].tolist()
 
 
 def for_each_answer(batch: PromptBatch, answers_per_prompt: int) -> tuple[list[str], dict[str, list[Any]]]:

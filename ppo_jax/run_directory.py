@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ import jax
 
 import ppo_jax
 from ppo_jax import checkpoint, durable
-from ppo_jax.config import Config
+from ppo_jax.config import Config, Settings
 from ppo_jax.errors import UserError
+from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.run_lock import FILE as LOCK_FILE
 
 DESCRIPTION = "versions.json"
 WATCHED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "orbax-checkpoint")
 
 
-def run_directory(config: Config, *, resume: bool) -> Path:
+def run_directory(config: Config | RewardModelConfig, *, resume: bool) -> Path:
     """Where the run lives; one that holds another run is refused unless that run is resumed."""
     name = config.run.dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     directory = Path(name).expanduser().absolute()
@@ -32,8 +34,8 @@ def check_unused(directory: Path) -> None:
     """Refuse to write over what is there; a lock is all that a run that failed at its start leaves."""
     if directory.exists() and (not directory.is_dir() or any(path.name != LOCK_FILE for path in directory.iterdir())):
         raise UserError(
-            f"run.dir: {directory} is there already and not empty; choose another, or continue it with --resume "
-            f"{directory}"
+            f"run.dir: {directory} is there already and not empty; choose another"
+            + (f", or continue it with --resume {directory}" if (directory / "checkpoints").exists() else "")
         )
 
 
@@ -63,13 +65,12 @@ def _description(directory: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def write_description(directory: Path, config: Config, reference_digest: str, from_python: list[str]) -> None:
-    """`config.yaml` as resolved, and what it was run with."""
+def write_description(directory: Path, config: Settings, described: Mapping[str, Any]) -> None:
+    """`config.yaml` as resolved, what it was run with, and what else describes the run."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         durable.write_text(directory / "config.yaml", config.to_yaml())
-        described = versions() | {"reference_digest": reference_digest, "from_python": from_python}
-        durable.write_text(directory / DESCRIPTION, json.dumps(described, indent=2) + "\n")
+        durable.write_text(directory / DESCRIPTION, json.dumps(versions() | dict(described), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from error
 

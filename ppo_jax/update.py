@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.config import Config, UpdateConfig
+from ppo_jax.config import Config, OptimizerConfig, UpdateConfig
 from ppo_jax.models.critic import cast_trunks, split_critic
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.models.lora import Adapter, policy_params
@@ -91,7 +91,7 @@ def learning_rate(
 def scale_by_planned_step(rate_of: Callable[[Any], Array]) -> optax.GradientTransformationExtraArgs:
     """Updates times −rate_of(planned_step), an argument of the update: optax would count the steps that were taken."""
 
-    def scale(updates: Any, state: optax.OptState, params: Any = None, *, planned_step: Any, **_: Any):
+    def scale(updates: Any, state: optax.OptState, params: Any = None, *, planned_step: Any = None, **_: Any):
         rate = rate_of(planned_step)
         return jax.tree.map(lambda x: jnp.asarray(-rate, x.dtype) * x, updates), state
 
@@ -100,7 +100,7 @@ def scale_by_planned_step(rate_of: Callable[[Any], Array]) -> optax.GradientTran
 
 @cache
 def make_optimizer(
-    update: UpdateConfig, total_steps: int, *, idle_steps: int = 0
+    update: OptimizerConfig, total_steps: int, *, idle_steps: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW with decay on matrices only; it is told the number of the planned step.
 

@@ -13,14 +13,15 @@ ROOT = Path(__file__).parent.parent
 
 # The first part of a module's name inside of ppo_jax and its level; a new one must be given a level here.
 LEVELS = {
-    "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "generate_config": 0, "tracing": 0,
-    "assets": 0, "shown_text": 0,
+    "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "generate_config": 0,
+    "reward_model_config": 0, "tracing": 0, "assets": 0, "shown_text": 0,
     "jsonl": 1, "ops": 1, "processes": 1, "interruption": 1, "prompt_files": 1, "prompt_forms": 1, "answer_file": 1,
-    "ratings": 2, "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2,
+    "ratings": 2, "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2, "pairs": 2,
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
+    "reward_training": 3,
     "algorithm": 4, "build": 4, "run_directory": 4,
-    "evaluation": 5, "export": 5, "review": 5, "generate": 6, "train": 6, "plan": 6, "cli": 7, "__init__": 8,
-    "__main__": 8,
+    "evaluation": 5, "export": 5, "review": 5, "generate": 6, "train": 6, "plan": 6, "reward_model": 6, "cli": 7,
+    "__init__": 8, "__main__": 8,
 }  # fmt: skip
 SAME_LEVEL = {
     ("build", "algorithm"),
@@ -30,6 +31,8 @@ SAME_LEVEL = {
     ("generate_config", "config"),
     ("generate_config", "config_file"),
     ("generate_config", "errors"),
+    ("reward_model_config", "config"),
+    ("reward_model_config", "config_file"),
     ("config", "errors"),
     ("records", "errors"),
     ("models", "sharding"),

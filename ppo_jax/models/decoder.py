@@ -238,6 +238,7 @@ class Decoder(nn.Module):
 
     spec: DecoderSpec
     remat: bool = False
+    final_norm: bool = True
 
     @nn.compact
     def __call__(self, tokens, positions, visible, cache: Cache | None = None, slot=None):
@@ -263,6 +264,8 @@ class Decoder(nn.Module):
             x, layer_cache = block(x, positions, masks[layer.window], None if cache is None else cache[i], slot)
             x = place(x)
             layer_caches.append(layer_cache)
+        if not self.final_norm:
+            return x, tuple(layer_caches)
         return Norm(spec.norm, spec.norm_eps, name="final_norm")(x), tuple(layer_caches)
 
 

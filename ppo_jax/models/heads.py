@@ -3,13 +3,16 @@
 Both are a decoder without its language-model head, the trunk, and a linear map of its final hidden states.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -23,6 +26,7 @@ from ppo_jax.sharding import by_rules
 
 # Every family of transformers calls its classifier so; none of them has a bias, but a file may bring one.
 SCORE_WEIGHT, SCORE_BIAS = SCORE = linear("score", "score")
+OF_A_LANGUAGE_MODEL = re.compile("(ForCausalLM|LMHeadModel)$")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,31 @@ def load_classifier(
     return params, params.pop("score")
 
 
+def save_scorer(directory: Path, model: ModelDirectory, scorer: Params, *, label: str, dtype=jnp.float32) -> None:
+    """Write a directory that `transformers.AutoModelForSequenceClassification` loads: one label, the scorer's number.
+
+    `model` is the directory that the trunk came from. No head of transformers has a bias, so none is written. Where
+    the config names no pad, transformers reads no batches: the tokenizer's is put there.
+    """
+    tensors = hf_io.export_tensors(model.config, critic_spec(model.spec), scorer["trunk"], dtype)
+    tensors[SCORE_WEIGHT.name] = np.asarray(scorer["head"]["kernel"].astype(dtype))[None]
+    architectures = [OF_A_LANGUAGE_MODEL.sub("ForSequenceClassification", name) for name in _architectures(model)]
+    changes = {"architectures": architectures, "id2label": {"0": label}, "label2id": {label: 0}}
+    changes |= {"pad_token_id": pad_token_id(model)}
+    hf_io.save_tensors(directory, model, tensors, dtype=dtype, config_changes=changes)
+
+
+def pad_token_id(model: ModelDirectory) -> int | None:
+    """The pad of a model's config, else that of its tokenizer: where it ends a text, the score is read before it."""
+    stated: Any = getattr(model.config, "pad_token_id", None)
+    own: Any = model.tokenizer.pad_token_id
+    return own if stated is None else stated
+
+
+def _architectures(model: ModelDirectory) -> list[str]:
+    return list(model.config.architectures or [])
+
+
 def _has_score(model: ModelDirectory) -> bool:
     return SCORE_WEIGHT.name in hf_io.tensor_files(model.path)
 
@@ -144,17 +173,24 @@ def load_critic(
         return critic_spec(policy.spec), {"trunk": trunk, "head": zero_value_head(policy.spec.width)}
     model = hf_io.open_model(path_or_id, key="critic.path", ignored_config_fields=ignored_config_fields)
     _check_vocabulary(model, policy)
+    return critic_spec(model.spec), load_scorer(model, key="critic.path", place=place)
+
+
+def load_scorer(model: ModelDirectory, *, key: str, place: Place = hf_io.on_default_device) -> Params:
+    """{"trunk": ..., "head": {"kernel": [D], "bias": []}}, float32, of any directory that can start to give one number.
+
+    A causal language model gives its trunk, with a zero head; a sequence-classification model with one label its own.
+    """
     if not _has_score(model):
-        trunk = _load_trunk(model, place=place)
-        return critic_spec(model.spec), {"trunk": trunk, "head": zero_value_head(model.spec.width)}
+        return {"trunk": _load_trunk(model, place=place), "head": zero_value_head(model.spec.width)}
     classifier = _as_classifier(model)
     if len(classifier.labels) != 1:
         raise UserError(
-            f"critic.path: {model.path} has {len(classifier.labels)} labels ({', '.join(classifier.labels)}), and a "
+            f"{key}: {model.path} has {len(classifier.labels)} labels ({', '.join(classifier.labels)}), and a "
             f"value is one number; expected a model with one label"
         )
     trunk, score = load_classifier(classifier, place=place)
-    return classifier.spec, {"trunk": trunk, "head": label_head(score, 0)}
+    return {"trunk": trunk, "head": label_head(score, 0)}
 
 
 @jax.jit

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -264,7 +265,22 @@ def export_tensors(config: PretrainedConfig, spec: DecoderSpec, params: Params, 
 
 
 def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=jnp.float32) -> None:
-    """Write a directory that `transformers.AutoModelForCausalLM` loads with identical tensors.
+    """Write a directory that `transformers.AutoModelForCausalLM` loads with identical tensors."""
+    tied, tensors = model.spec.tied_head, export_tensors(model.config, model.spec, params, dtype)
+    # An adapter on a tied head was merged into it, which made it a tensor of its own.
+    changes = {} if tied == bool(model.config.tie_word_embeddings) else {"tie_word_embeddings": tied}
+    save_tensors(directory, model, tensors, dtype=dtype, config_changes=changes)
+
+
+def save_tensors(
+    directory: Path,
+    model: ModelDirectory,
+    tensors: dict[str, np.ndarray],
+    *,
+    dtype,
+    config_changes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write a model directory of tensors under their Hugging Face names, and the model's config with some changes.
 
     Tokenizer, chat template and generation config come along. The directory appears whole or not at all: everything is
     written beside it first. An existing one is replaced.
@@ -273,21 +289,21 @@ def save_model(directory: Path, model: ModelDirectory, params: Params, *, dtype=
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_model(partial, model, params, dtype=dtype)
+        _write_model(partial, model, tensors, {**config_changes, "dtype": jnp.dtype(dtype).name})
         durable.publish(partial, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the model could not be written to {directory}: {error}") from error
 
 
-def _write_model(partial: Path, model: ModelDirectory, params: Params, *, dtype) -> None:
-    _save_shards(partial, export_tensors(model.config, model.spec, params, dtype))
+def _write_model(
+    partial: Path, model: ModelDirectory, tensors: dict[str, np.ndarray], config_changes: Mapping[str, Any]
+) -> None:
+    _save_shards(partial, tensors)
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config.pop("auto_map", None)  # the code it points to stays behind
-    config["dtype"] = jnp.dtype(dtype).name
-    if model.spec.tied_head != bool(model.config.tie_word_embeddings):  # an adapter on a tied head was merged into it
-        config["tie_word_embeddings"] = model.spec.tied_head
+    config |= config_changes
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.tokenizer.save_pretrained(partial)
     if (model.path / GENERATION_CONFIG).is_file():

@@ -3,7 +3,8 @@
 import logging
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -41,6 +42,23 @@ COLUMNS = (
 ROWS_SHOWN, ALARMS_SHOWN = 12, 4
 
 
+def start_log(handler: logging.Handler) -> logging.Handler:
+    """Show what the package logs, in process 0; the handler is for its owner to remove."""
+    log.setLevel(logging.INFO if is_lead() else logging.ERROR)
+    log.addHandler(handler)
+    return handler
+
+
+@contextmanager
+def plain_log() -> Iterator[None]:
+    """What the package logs as lines of standard output."""
+    handler = start_log(logging.StreamHandler(sys.stdout))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 class View:
     """Shows a run while it goes on, in process 0; used as a context manager."""
 
@@ -60,13 +78,8 @@ class View:
         self._live = Live(self._render(), console=self._console, refresh_per_second=4) if show else None
 
     def __enter__(self) -> "View":
-        log.setLevel(logging.INFO if is_lead() else logging.ERROR)
-        self._handler = (
-            RichHandler(console=self._console, show_path=False, show_level=False)
-            if self._live is not None
-            else logging.StreamHandler(sys.stdout)
-        )
-        log.addHandler(self._handler)
+        rich = RichHandler(console=self._console, show_path=False, show_level=False)
+        self._handler = start_log(rich if self._live is not None else logging.StreamHandler(sys.stdout))
         if self._live is not None:
             self._live.start()
         return self

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax import durable, jsonl
-from ppo_jax.config import MonitorConfig
+from ppo_jax.config import SinksConfig
 from ppo_jax.errors import UserError
 from ppo_jax.monitor.alarms import FILE as ALARMS_FILE
 from ppo_jax.monitor.alarms import Alarm
@@ -27,7 +27,7 @@ class MetricsWriter:
     Of several processes only process 0 writes; the numbers are the same in all.
     """
 
-    def __init__(self, directory: Path, *, first_step: int, monitor: MonitorConfig):
+    def __init__(self, directory: Path, *, first_step: int, monitor: SinksConfig):
         self._file, self._alarms, self._tensorboard, self._wandb = None, None, None, None
         if not is_lead():
             return
@@ -87,7 +87,7 @@ def open_from(file: Path, first_step: int):
     return file.open("a", encoding="utf-8")
 
 
-def check_sinks(monitor: MonitorConfig) -> None:
+def check_sinks(monitor: SinksConfig) -> None:
     """Refuse a sink that is not installed."""
     if monitor.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("monitor.wandb_project is set, but wandb is not installed; it is the extra 'wandb'")

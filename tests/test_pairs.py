@@ -1,0 +1,236 @@
+"""Preference pairs: what a row means, what is refused, what is held out, and where long ones are cut."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppo_jax.errors import UserError
+from ppo_jax.pairs import Pair, cut_alike, encode, load_pairs, load_split, messages_of, read_pair
+from ppo_jax.reward_model_config import DataConfig
+from tests.tiny import make_tokenizer
+
+HEAD = "\n\nHuman: is it good?\n\nAssistant: what?\n\nHuman: the soup\n\nAssistant:"
+DEFAULT = DataConfig()
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def rows_of(count, **columns):
+    return [{"prompt": f"soup {i}:", "chosen": f" good {i}", "rejected": f" bad {i}", **columns} for i in range(count)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(rows, name="pairs.jsonl"):
+        file = tmp_path / name
+        data = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
+        file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return str(file)
+
+    return written
+
+
+def loaded(path, tokenizer, **settings):
+    return load_pairs(DataConfig(**settings), tokenizer, path=path, split="train", key="data.path")
+
+
+# ------------------------------------------------------------------------------------------------------ what a row is
+
+
+def test_a_dialogue_is_its_prompt_up_to_the_last_answer():
+    pair = read_pair({"chosen": HEAD + " yes", "rejected": HEAD + " no."}, DEFAULT)
+    assert pair == Pair(HEAD, " yes", " no.", 0.0)
+    assert pair == read_pair({"prompt": HEAD, "chosen": " yes", "rejected": " no."}, DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("it is good", "it is bad"), (HEAD + " yes", "\n\nHuman: other\n\nAssistant: no"), (HEAD + " yes", "no")],
+)
+def test_texts_without_a_common_prompt_stay_whole(chosen, rejected):
+    assert read_pair({"chosen": chosen, "rejected": rejected}, DEFAULT) == Pair("", chosen, rejected, 0.0)
+
+
+def test_a_dialogue_becomes_the_turns_of_a_chat_template():
+    expected = [("user", "is it good?"), ("assistant", "what?"), ("user", "the soup"), ("assistant", "yes")]
+    assert [(turn["role"], turn["content"]) for turn in messages_of(HEAD, " yes")] == expected
+    plain = messages_of("Review of soup:", " good")
+    assert plain == [{"role": "user", "content": "Review of soup:"}, {"role": "assistant", "content": " good"}]
+    with pytest.raises(ValueError, match="no prompt that both sides share"):
+        messages_of("", "yes")
+
+
+def test_the_three_layouts_of_a_pair_are_the_same_tokens(write, tokenizer):
+    whole = loaded(write([{"chosen": HEAD + " yes", "rejected": HEAD + " no"}]), tokenizer)
+    parts = loaded(write([{"prompt": HEAD, "chosen": " yes", "rejected": " no"}]), tokenizer)
+    zipped = loaded(write([{"chosen": HEAD + " yes", "rejected": HEAD + " no"}], "pairs.jsonl.gz"), tokenizer)
+    assert whole == parts == zipped
+    assert whole.chosen == [tokenizer(HEAD + " yes")["input_ids"]]
+    templated = loaded(write([{"chosen": HEAD + " yes", "rejected": HEAD + " no"}]), tokenizer, chat_template=True)
+    text = "[user]is it good?\n[assistant]what?\n[user]the soup\n[assistant]yes\n"
+    assert templated.chosen == [tokenizer(text)["input_ids"]]
+
+
+def test_the_margin_of_a_pair_is_that_of_its_column(write, tokenizer):
+    rows = [row | {"lead": i / 2} for i, row in enumerate(rows_of(3))]
+    assert loaded(write(rows), tokenizer, margin_field="lead").margins == [0.0, 0.5, 1.0]
+    assert loaded(write(rows), tokenizer).margins == [0.0, 0.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+BAD = [
+    ({"prompt": "p", "chosen": " ", "rejected": "b"}, "'chosen' is ' ', expected a text that is not empty"),
+    ({"prompt": "p", "chosen": "a"}, "'rejected' is None, expected a text"),
+    ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "'chosen' is ['a'], expected a text"),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is 3, expected a text"),
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same text, 'a'"),
+    ({"chosen": HEAD + " ", "rejected": HEAD + " no"}, "'chosen' ends in an empty answer"),
+    ({"chosen": "\ud800", "rejected": "b"}, "'chosen' is no Unicode text"),
+]
+
+
+def test_every_bad_pair_is_named_with_its_line_and_its_reason(write, tokenizer):
+    path = write([*rows_of(2), *(row for row, _ in BAD)])
+    with pytest.raises(UserError) as caught:
+        loaded(path, tokenizer)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("data.path: pairs cannot be used (data.unusable: skip")
+    assert len(lines) == 1 + len(BAD)
+    for number, (line, (_, reason)) in enumerate(zip(lines[1:], BAD, strict=True), 3):
+        assert line.startswith(f"  {path}:{number} {reason}")
+    kept = loaded(path, tokenizer, unusable="skip")
+    assert kept == loaded(write(rows_of(2), "good.jsonl"), tokenizer)
+
+
+def test_twenty_bad_pairs_are_shown_and_the_others_counted(write, tokenizer):
+    with pytest.raises(UserError, match=r"and 5 more$") as caught:
+        loaded(write([BAD[0][0]] * 25), tokenizer)
+    assert len(str(caught.value).splitlines()) == 22
+
+
+@pytest.mark.parametrize("value", [None, "1", True, float("nan")])
+def test_a_margin_that_is_no_number_is_refused(value):
+    row = {"chosen": "a", "rejected": "b", "lead": value}
+    with pytest.raises(ValueError, match=r"'lead' is .*expected a finite number"):
+        read_pair(row, DataConfig(margin_field="lead"))
+
+
+def test_a_file_without_the_columns_says_which_it_has(write, tokenizer):
+    with pytest.raises(UserError, match=r"data\.path: .* has no columns 'chosen' and 'rejected'; it has good, bad"):
+        loaded(write([{"good": "a", "bad": "b"}]), tokenizer)
+
+
+def test_a_damaged_or_missing_file_is_named(write, tokenizer, tmp_path):
+    file = tmp_path / "cut.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps(rows_of(1)[0]).encode())[:-12])
+    for path, reason in ((str(file), "cannot be read"), (str(tmp_path / "none.jsonl.gz"), "is not a file")):
+        with pytest.raises(UserError, match=rf"^data\.path: .*{reason}"):
+            loaded(path, tokenizer)
+    with pytest.raises(UserError, match=r"pairs\.jsonl:2 is not JSON"):
+        loaded(write([*rows_of(1), "{"]), tokenizer)
+
+
+def test_a_template_that_is_not_there_is_refused(write):
+    with pytest.raises(UserError, match=r"data\.chat_template is true, but the tokenizer has no chat template"):
+        loaded(write(rows_of(1)), make_tokenizer(), chat_template=True)
+
+
+# ------------------------------------------------------------------------------------------------ where they are cut
+
+
+tokens = st.lists(st.integers(0, 3), max_size=12)
+
+
+@given(tokens, tokens, tokens, st.integers(1, 12))
+def test_both_sides_are_cut_alike_as_far_as_they_are_the_same(shared, chosen, rejected, most):
+    whole = [*shared, *chosen, 4], [*shared, *rejected, 5]
+    cut = cut_alike(*whole, most=most)
+    agree = next(i for i, (a, b) in enumerate(zip(*whole, strict=False)) if a != b)
+    lost = [len(before) - len(after) for before, after in zip(whole, cut, strict=True)]
+    for before, after in zip(whole, cut, strict=True):
+        assert 1 <= len(after) <= most
+        assert after == before[len(before) - len(after) :]
+    excess = max(map(len, whole)) - most
+    if excess <= agree:
+        assert lost == [max(excess, 0)] * 2
+    else:  # all that is shared is gone from both, and no more than that from one that fits
+        assert min(lost) >= agree
+        assert all(len(rest) == most or gone == agree for rest, gone in zip(cut, lost, strict=True))
+
+
+def test_a_text_that_is_the_beginning_of_the_other_is_never_cut_to_nothing():
+    assert cut_alike([1, 2, 3], [1, 2, 3, 4, 5, 6], most=2) == ([3], [5, 6])
+
+
+def test_cut_pairs_begin_at_the_same_place_of_their_prompt(write, tokenizer):
+    prompt = " ".join(f"w{i}" for i in range(20))
+    (pair,) = [{"prompt": prompt, "chosen": " good good good", "rejected": " bad"}]
+    found = loaded(write([pair]), tokenizer, max_tokens=30)
+    whole = [tokenizer(prompt + answer)["input_ids"] for answer in (" good good good", " bad")]
+    assert len(found.chosen[0]) == 30 < len(whole[0])
+    assert len(whole[0]) - 30 == len(whole[1]) - len(found.rejected[0])
+
+
+# ---------------------------------------------------------------------------------------------------- who is held out
+
+
+def of_split(path, tokenizer, **settings):
+    return load_split(DataConfig(path=path, **settings), tokenizer)
+
+
+def test_no_prompt_is_on_both_sides_and_nothing_is_lost(write, tokenizer):
+    rows = [row | {"chosen": f" good {i} {k}"} for i, row in enumerate(rows_of(30)) for k in range(3)]
+    training, held_out = of_split(write(rows), tokenizer, evaluation_pairs=20)
+    assert not set(training.groups) & set(held_out.groups)
+    assert len(training) + len(held_out) == 90
+    assert len(held_out) == 21  # whole prompts
+
+
+def test_neither_the_order_of_the_file_nor_what_is_added_moves_a_pair(write, tokenizer):
+    rows = rows_of(40)
+    first = of_split(write(rows), tokenizer, evaluation_pairs=10, train_pairs=20)
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(40)]
+    again = of_split(write(shuffled, "shuffled.jsonl"), tokenizer, evaluation_pairs=10, train_pairs=20)
+    assert [part.digest() for part in first] == [part.digest() for part in again]
+    assert [len(part) for part in first] == [20, 10]
+    more = of_split(write(rows_of(44), "more.jsonl"), tokenizer, evaluation_pairs=10)
+    assert len(set(more[1].groups) & set(first[1].groups)) >= 6
+
+
+def test_a_second_file_is_held_out_and_what_it_shares_is_not_trained_on(write, tokenizer):
+    path, other = write(rows_of(20)), write([*rows_of(5), {"chosen": "new", "rejected": "old"}], "other.jsonl")
+    training, held_out = of_split(path, tokenizer, evaluation_path=other)
+    assert (len(training), len(held_out)) == (15, 6)
+    assert not set(training.groups) & set(held_out.groups)
+
+
+def test_a_file_of_which_nothing_is_left_to_train_on_is_refused(write, tokenizer):
+    with pytest.raises(UserError, match=r"data\.evaluation_pairs \(10\): nothing is left to train on of the 5 pairs"):
+        of_split(write(rows_of(5)), tokenizer, evaluation_pairs=10)
+
+
+def test_the_reward_of_a_run_reads_the_tokens_that_were_trained_on(tokenizer):
+    from ppo_jax.config import RewardConfig
+    from ppo_jax.rewards.classifier import RewardModel
+
+    class Model:
+        spec = type("Spec", (), {"max_positions": 1000, "vocab_size": 1000})
+        path = "x"
+
+    Model.tokenizer = tokenizer
+    for template in (False, True):
+        reading = type("Reading", (), {"model": Model, "config": RewardConfig(model="x", model_chat_template=template)})
+        expected = RewardModel.encode(reading, "the soup:", " good")
+        assert encode(Pair("the soup:", " good", "", 0.0), " good", tokenizer, chat_template=template) == expected
