@@ -21,7 +21,9 @@ from tests.test_train import SMALL, rows_without_times, vowel_share
 from tests.tiny import PROMPTS
 
 LORA = {"lora.rank": 4, "lora.alpha": 8, "lora.targets": ["all-linear", "lm_head"]}
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # that the head is tied
+pytestmark = pytest.mark.filterwarnings(  # that the head is tied, and that peft asks transformers by an old name
+    "ignore::UserWarning:peft", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 
 
 def settings(tiny_model, directory, **changes):
