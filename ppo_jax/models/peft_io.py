@@ -77,7 +77,7 @@ def _refused(fields: dict[str, Any], model: ModelDirectory) -> Iterator[str]:
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
     if type(rank) is not int or rank < 1:
         yield f"r={rank!r}, expected a rank of at least 1"
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
         yield f"lora_alpha={alpha!r}, expected a number above 0"
     if not isinstance(targets, str | list) or not all(isinstance(target, str) for target in targets):
         yield f"target_modules={targets!r}, expected a list of names or one expression"
