@@ -26,7 +26,7 @@ CASES = {
     "phi3": ("float32", ["qkv_proj", "gate_up_proj"]),
     "pythia": ("float32", ["query_key_value", "lm_head"]),
 }
-# In units of the largest number: a few hundred roundings of either type. A missing scale or column is off by 0.1 at least.
+# In units of the largest number: a few hundred roundings of either type. What is missing is off by far more.
 BOUNDS = {"float32": 5e-5, "float64": 1e-12}
 # That heads are tied, that Conv1D stores (in, out), and that peft asks transformers by an old name.
 pytestmark = pytest.mark.filterwarnings(
