@@ -1,7 +1,7 @@
 """`python -m tests.mesh_runs MODEL OUT`: whole runs of the tiny model on meshes of 8 CPU devices, for test_sharding.
 
 A process of its own, because the number of devices is fixed before JAX starts. Writes `OUT/results.json`. With a third
-argument, it is one of the processes of a distributed run instead, on the mesh (2, 2, 1).
+argument, `lora`, only runs of an adapter; with `distributed` it is one of the processes of a run on the mesh (2, 2, 1).
 """
 
 import itertools
@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 if __name__ == "__main__":
-    DEVICES = 8 if len(sys.argv) == 3 else 2
+    DEVICES = 2 if sys.argv[3:] == ["distributed"] else 8
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -121,6 +121,15 @@ def main(model: str, out: Path) -> None:
     (out / "results.json").write_text(json.dumps(results))
 
 
+def adapters(model: str, out: Path) -> None:
+    results = {}
+    for name in ("one", "tensor"):
+        settings = SETTINGS | on(*MESHES[name]) | {"model.path": model, "run.dir": str(out / name)}
+        settings |= {"lora.rank": 4, "lora.targets": ["all-linear", "lm_head"], "critic.kind": "value_head"}
+        results[name] = run(load(overrides=settings))
+    (out / "results.json").write_text(json.dumps(results))
+
+
 def distributed(model: str, out: Path) -> None:
     """One process of several: a run, and its second iteration again from the first checkpoint."""
     from jax.experimental.multihost_utils import sync_global_devices
@@ -139,4 +148,4 @@ def distributed(model: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    (main if len(sys.argv) == 3 else distributed)(sys.argv[1], Path(sys.argv[2]))
+    {"": main, "distributed": distributed, "lora": adapters}["".join(sys.argv[3:])](sys.argv[1], Path(sys.argv[2]))

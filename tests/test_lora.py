@@ -24,11 +24,14 @@ CASES = {
     "llama-tied": ("float32", ["k_proj", "o_proj", "gate_proj", "up_proj", "lm_head"]),
     "gpt2": ("float64", ["c_attn", "attn.c_proj", "mlp.c_fc", "lm_head"]),
     "phi3": ("float32", ["qkv_proj", "gate_up_proj"]),
-    "pythia": ("float32", ["query_key_value", "embed_out"]),
+    "pythia": ("float32", ["query_key_value", "lm_head"]),
 }
-# Ten times the largest differences measured: logits up to 8, gradients in units of the largest.
+# In units of the largest number: a few hundred roundings of either type. What is missing is off by far more.
 BOUNDS = {"float32": 5e-5, "float64": 1e-12}
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # that heads are tied, that Conv1D stores (in, out)
+# That heads are tied, that Conv1D stores (in, out), and that peft asks transformers by an old name.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 
 
 def relative_error(found, expected):

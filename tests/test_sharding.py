@@ -127,6 +127,23 @@ def test_weights_moments_and_reference_are_split_and_stay_split(meshes):
                 assert part[name] == expected, (mesh, name)
 
 
+@pytest.mark.slow
+def test_an_adapter_on_eight_devices_is_split_and_is_the_adapter_on_one(tiny_model, tmp_path):
+    finish(start("tests.mesh_runs", tiny_model, tmp_path, "lora"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    one, tensor = results["one"], results["tensor"]
+    assert tensor["rollouts"] == one["rollouts"]
+    assert_same_metrics(tensor["metrics"], one["metrics"])
+    assert_same_policy(tmp_path / "tensor", tmp_path / "one")
+    assert tensor["held"]["after"] == tensor["held"]["before"]
+    for name, shape in one["held"]["before"].items():
+        if "lora" in name:  # in (of A) and out (of B) over fsdp and tensor together where they divide
+            axis = 0 if "lora_a" in name else 1
+            parts = 4 if shape[axis] % 4 == 0 else 1
+            expected = [size // parts if i == axis else size for i, size in enumerate(shape)]
+            assert tensor["held"]["before"][name] == expected, name
+
+
 def test_two_processes_do_the_run_of_one_and_resume_it(meshes, two_processes):
     (results, out), (both, processes_out, _) = meshes, two_processes
     for process in both:
@@ -226,3 +243,7 @@ def test_an_axis_that_does_not_divide_a_dimension_is_left_out():
     assert tuple(sharding.param_spec(shape, "embed", (301, 8))) == (None, "fsdp")
     assert tuple(sharding.param_spec(shape, "layer_3/attn/q/bias", (8,))) == ("tensor",)
     assert tuple(sharding.param_spec(shape, "layer_3/norm1/scale", (8,))) == (None,)
+    module = "lora/model.layers.3.self_attn.q_proj"
+    assert tuple(sharding.param_spec(shape, f"{module}/lora_a", (16, 4))) == (("fsdp", "tensor"), None)
+    assert tuple(sharding.param_spec(shape, f"{module}/lora_b", (4, 16))) == (None, ("fsdp", "tensor"))
+    assert tuple(sharding.param_spec(shape, "head_lora_b", (4, 301))) == (None, None)

@@ -26,6 +26,7 @@ from ppo_jax.ops.randomness import Purpose, purpose_key
 from ppo_jax.sharding import by_rules
 
 ALL_LINEAR = "all-linear"
+HEAD_MODULE = "lm_head"  # in transformers, whatever the files of a family call it
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def linear_modules(config: PretrainedConfig, spec: DecoderSpec) -> list[Module]:
     shapes = param_shapes(replace(spec, tied_head=False))
     return [
         Module(
-            name=tensor.name.removesuffix(".weight"),
+            name=HEAD_MODULE if tensor.params == HEAD.params else tensor.name.removesuffix(".weight"),
             tensor=tensor,
             inputs=shapes[tensor.params[0]][0],
             outputs=tuple(shapes[path][1] for path in tensor.params),
@@ -87,10 +88,9 @@ def make_adapter(
     named = tuple(dict.fromkeys(name for target in targets for name in (endings if target == ALL_LINEAR else [target])))
     unknown = [name for name in named if not any(_is_named(module, name) for module in modules)]
     if unknown or not named:
-        head = next(module.name for module in modules if module.is_head)
         raise UserError(
             f"{where}: {', '.join(map(repr, unknown)) or 'nothing'} is no linear layer of this {config.model_type} "
-            f"model; known are {', '.join(endings)}, {head}, and {ALL_LINEAR}, which is all of them but {head}"
+            f"model; known are {', '.join(endings)}, {HEAD_MODULE}, and {ALL_LINEAR}, which is all of them but the last"
         )
     chosen = tuple(module for module in modules if any(_is_named(module, name) for name in named))
     return Adapter(rank=rank, scale=scale, modules=chosen, heads=spec.heads, targets=named)

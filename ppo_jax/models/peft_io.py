@@ -17,7 +17,7 @@ from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import Params
 from ppo_jax.models.families import family_of
 from ppo_jax.models.hf_io import ModelDirectory, Place
-from ppo_jax.models.lora import Adapter, Module, make_adapter
+from ppo_jax.models.lora import HEAD_MODULE, Adapter, Module, make_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -77,7 +77,7 @@ def _refused(fields: dict[str, Any], model: ModelDirectory) -> Iterator[str]:
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
     if type(rank) is not int or rank < 1:
         yield f"r={rank!r}, expected a rank of at least 1"
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
         yield f"lora_alpha={alpha!r}, expected a number above 0"
     if not isinstance(targets, str | list) or not all(isinstance(target, str) for target in targets):
         yield f"target_modules={targets!r}, expected a list of names or one expression"
@@ -141,6 +141,7 @@ def _is_of_the_base(file: Path, name: str, model: ModelDirectory) -> bool:
     """Whether a tensor is one of the base's own with the same numbers: then it says nothing new."""
     files, family = hf_io.tensor_files(model.path), family_of(model.config)
     base_name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    base_name = family.head if base_name == f"{HEAD_MODULE}.weight" else base_name
     if base_name == family.head and model.spec.tied_head:  # which has no tensor of its own
         base_name = next(row.name for row in family.tensors if row.params == ("embed",))
     found = next((x for x in (base_name, base_name.removeprefix(family.prefix)) if x in files), None)

@@ -34,7 +34,8 @@ class Tensor:
 
     def split(self, stored: np.ndarray, widths: Sequence[int], heads: int) -> list[np.ndarray]:
         """The inverse of `join`, for parameters of the given output widths."""
-        return self.columns(stored.T if self.transpose else stored, widths, heads)
+        value = stored.T if self.transpose else stored
+        return self.columns(value, widths, heads)
 
     def columns(self, value: Any, widths: Sequence[int], heads: int) -> list[Any]:
         """The columns of each parameter in an array [.., out] of NumPy or JAX that has the order of the files."""
