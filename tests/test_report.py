@@ -220,6 +220,9 @@ def test_a_budget_that_is_passed_and_an_alarm_are_in_the_verdict(tmp_path):
     assert found.level == "act"
     assert found.worries[0].startswith("The KL is above its budget of 3 nats")
     assert found.worries[1] == "Alarm, template sentences: iterations 4 and 9."
+    for level, expected in (("warn", "watch"), ("act", "act"), ("stop", "act")):
+        alarms = [{"step": 4, "scene": "template sentences", "level": level}]
+        assert said(tmp_path, [metrics(step) for step in range(30)], alarms=alarms).level == expected
 
 
 # ---------------------------------------------------------------------------------------------------------- charts
@@ -372,7 +375,8 @@ def test_what_people_said_is_in_the_report(tmp_path):
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def test_the_command_writes_one_file_and_reads_the_run_alone(tmp_path, capsys):
+def test_the_command_writes_one_file_and_reads_the_run_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = write(tmp_path / "run", [metrics(step) for step in range(4)], samples=[sample(0, "a b"), sample(4, "a c")])
     main([str(run), "--out", str(tmp_path / "out.html")])
     assert (tmp_path / "out.html").read_text("utf-8") == html_of(run)
