@@ -88,9 +88,10 @@ def run(arguments: Sequence[str]) -> None:
 def generate(arguments: Sequence[str]) -> None:
     options, rest = _generate_parser().parse_known_args(arguments)
     overrides = {key: _yaml_value(text) for key, text in vars(options).items() if "." in key} | parse_overrides(rest)
-    if options.prompts is not None:
-        overrides["prompts.path"] = options.prompts
-    overrides["model.path"] = options.model
+    for key, given in (("model.path", options.model), ("prompts.path", options.prompts)):
+        if given is not None and key in overrides:
+            raise UserError(f"{key} is given twice: {given!r} and {overrides[key]!r}")
+        overrides |= {} if given is None else {key: given}
     config = generate_config.load(options.config, overrides, scored=options.reward)
     from ppo_jax.generate import generate
 
@@ -222,6 +223,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _yaml_value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.load(text, config_file.StrictLoader)
+    except Exception:  # PyYAML lets through whatever its constructors of numbers and dates stumble on
         return text

@@ -21,8 +21,8 @@ def _no_boolean(value: Any) -> Any:
 
 
 _Number = BeforeValidator(_no_boolean)
-Positive = Annotated[int, Field(ge=1), _Number]
-NonNegative = Annotated[int, Field(ge=0), _Number]
+Positive = Annotated[int, Field(ge=1, lt=2**31), _Number]  # JAX counts in 32 bits
+NonNegative = Annotated[int, Field(ge=0, lt=2**31), _Number]
 Seed = Annotated[int, Field(ge=0, lt=2**32), _Number]  # jax.random keeps 32 bits of a seed
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]

@@ -1,6 +1,7 @@
 """From YAML and dotted overrides to a `Config`: every problem reported at once, and what is probably not meant."""
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,8 +78,14 @@ def parse_kind(
     return config
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader, but a key given twice is an error; YAML loaders silently keep the last."""
+class StrictLoader(yaml.SafeLoader):
+    """SafeLoader, but a key given twice is an error, where YAML loaders silently keep the last, and so is a merge (<<),
+    of which a few lines make 10⁹ keys."""
+
+    def flatten_mapping(self, node):
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", key.start_mark)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -93,11 +100,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"--config: {file} (resolved: {file.absolute()}) is not a file")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+        values = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise UserError(f"--config: {file} (resolved: {file.absolute()}) cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from error
+    except Exception as error:  # PyYAML lets through whatever its constructors of numbers and dates stumble on
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split()):.500}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -112,6 +119,17 @@ def _without(values: dict[str, Any], bad_keys: set[str]) -> dict[str, Any]:
         for section, content in values.items()
         if section not in bad_keys and isinstance(content, dict)
     }
+
+
+class _Short(reprlib.Repr):
+    """Of a value only as much as a message needs: aliases make a few lines of YAML a list of 10⁹ entries."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 
 
 def _describe(entry: dict[str, Any], kind: type[Settings]) -> str:
@@ -129,7 +147,7 @@ def _describe(entry: dict[str, Any], kind: type[Settings]) -> str:
             for match in difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
         ]
         return f"{dotted}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists the known ones")
-    return f"{dotted}: {entry['msg'][0].lower()}{entry['msg'][1:]}, got {entry['input']!r}"
+    return f"{dotted}: {entry['msg'][0].lower()}{entry['msg'][1:]}, got {_SHORT.repr(entry['input'])}"
 
 
 def misfits_of(config: Config) -> Iterator[Misfit]:

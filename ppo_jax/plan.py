@@ -168,8 +168,8 @@ def spec_of_reward_model(config: Config) -> DecoderSpec | None:
 def compile_reward_model(config: Config, spec: DecoderSpec, mesh: jax.sharding.Mesh, *, text_length: int) -> Any:
     """What scores a batch of texts, compiled for texts of so many tokens, or of as many as the reward model reads."""
     own, size = sharding.own_mesh(mesh), config.reward.model_batch_size
-    largest = min(spec.max_positions, config.reward.model_max_tokens or spec.max_positions)
-    length = bucket(min(text_length, largest), smallest=SMALLEST_BUCKET, largest=spec.max_positions)
+    most = spec.max_positions if config.reward.model_max_tokens is None else config.reward.model_max_tokens
+    length = bucket(min(text_length, most), smallest=SMALLEST_BUCKET, largest=spec.max_positions)
     head = jax.eval_shape(partial(zero_value_head, spec.width))
     with jax.set_mesh(own):
         return last_token_values.lower(

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -132,7 +133,7 @@ def _csv_rows(file: Path, problems: list[Problem]) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
-        if repeated := {name for name in header if header.count(name) > 1}:
+        if repeated := {name for name, count in Counter(header).items() if count > 1}:
             problems.append(Problem(f"{file}:1", f"names {', '.join(map(repr, sorted(repeated)))} twice"))
             return
         last = reader.line_num

@@ -91,8 +91,8 @@ def learning_rate(
 def scale_by_planned_step(rate_of: Callable[[Any], Array]) -> optax.GradientTransformationExtraArgs:
     """Updates times −rate_of(planned_step), an argument of the update: optax would count the steps that were taken."""
 
-    def scale(updates: Any, state: optax.OptState, params: Any = None, *, planned_step: Any = None, **_: Any):
-        rate = rate_of(planned_step)
+    def scale(updates: Any, state: optax.OptState, params: Any = None, **arguments: Any):
+        rate = rate_of(arguments["planned_step"])
         return jax.tree.map(lambda x: jnp.asarray(-rate, x.dtype) * x, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale)

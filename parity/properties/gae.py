@@ -211,7 +211,7 @@ PROPERTIES = (
             *bug(
                 "whitened without its bootstrap",
                 "whitened_gae_advantages",
-                ("bootstrap_values=bootstrap_values", "bootstrap_values=None"),
+                ("response_mask, **settings)", 'response_mask, **settings | {"bootstrap_values": None})'),
                 ("response_mask, **settings)", 'response_mask, **settings | {"bootstrap_values": None})'),
             ),
         ],

@@ -75,7 +75,7 @@ def load_config(directory: Path, *, ignored_fields: tuple[str, ...] = ()) -> Pre
         raise UserError(f"{directory} is not a Hugging Face model directory: it has no config.json")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("model_type") not in list(FAMILIES):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -185,7 +185,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {name: directory / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} is not an index of safetensors shards: {error!r}") from error
     else:
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)]

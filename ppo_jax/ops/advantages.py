@@ -173,26 +173,14 @@ def gae_advantages(
 
 
 def whitened_gae_advantages(
-    token_rewards: Float[Array, "B T"],
-    values: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    *,
-    discount: float,
-    gae_lambda: float,
-    bootstrap_values: Float[Array, " B"] | None = None,
+    token_rewards: Float[Array, "B T"], values: Float[Array, "B T"], response_mask: Bool[Array, "B T"], **settings: Any
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`gae_advantages`, the advantages whitened over all response tokens of the batch; returns (advantages, returns).
+    """`gae_advantages` of the same settings, the advantages whitened over all response tokens of the batch; returns
+    (advantages, returns).
 
     The returns are those of the unwhitened advantages: the critic's target keeps the units of the reward.
     """
-    advantages, returns = gae_advantages(
-        token_rewards,
-        values,
-        response_mask,
-        discount=discount,
-        gae_lambda=gae_lambda,
-        bootstrap_values=bootstrap_values,
-    )
+    advantages, returns = gae_advantages(token_rewards, values, response_mask, **settings)
     return whiten(advantages, response_mask), returns
 
 
