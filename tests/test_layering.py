@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # The first part of a module's name inside of ppo_jax and its level; a new one must be given a level here.
 LEVELS = {
     "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "tracing": 0, "assets": 0,
+    "compilation_cache": 0, "resumed": 0,
     "ops": 1, "processes": 1, "interruption": 1, "prompt_files": 1, "prompt_forms": 1,
     "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2,
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
@@ -26,6 +27,9 @@ SAME_LEVEL = {
     ("config_file", "config"),
     ("config_file", "errors"),
     ("config", "errors"),
+    ("resumed", "config"),
+    ("resumed", "config_file"),
+    ("resumed", "errors"),
     ("records", "errors"),
     ("models", "sharding"),
     ("prompt_forms", "prompt_files"),
