@@ -17,6 +17,7 @@ import jax
 MIN_COMPILE_TIME_S = 0.1
 ENTRIES, CHECKED = "*-cache", "checked"
 ZLIB, ZSTD = b"\x78", b"\x28\xb5\x2f\xfd"
+SETTINGS: Any = jax.config  # has its attributes from the start of JAX, which type checkers do not see
 UNWRITTEN = b"\x00"
 
 
@@ -25,11 +26,11 @@ def turn_on() -> None:
 
     JAX_ENABLE_COMPILATION_CACHE=false keeps it off, as always.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if SETTINGS.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "xla"))
+        SETTINGS.update("jax_compilation_cache_dir", str(home / "ppo_jax" / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_TIME_S)
+        SETTINGS.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_TIME_S)
 
 
 def prepare() -> list[str]:
@@ -37,8 +38,8 @@ def prepare() -> list[str]:
 
     A directory that cannot be used costs compilations, never a start.
     """
-    path = jax.config.jax_compilation_cache_dir
-    if not jax.config.jax_enable_compilation_cache or path is None:
+    path = SETTINGS.jax_compilation_cache_dir
+    if not SETTINGS.jax_enable_compilation_cache or path is None:
         return ["compilation cache: off"]
     if "://" in path:
         return [f"compilation cache: {path}"]
@@ -46,9 +47,9 @@ def prepare() -> list[str]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         dropped = drop_damaged(directory)
-        sizes = [entry.stat().st_size for entry in directory.glob(ENTRIES)]
+        sizes = [entry.stat().st_size for entry in directory.glob(ENTRIES) if entry.exists()]
     except OSError as error:
-        jax.config.update("jax_enable_compilation_cache", False)
+        SETTINGS.update("jax_enable_compilation_cache", False)
         return [f"compilation cache: off, {directory} cannot be used: {error.strerror}"]
     lines = [f"compilation cache: {directory}, {len(sizes)} programs, {sum(sizes) / 1e6:.0f} MB"]
     if dropped:
@@ -67,10 +68,12 @@ def drop_damaged(directory: Path) -> list[Path]:
     stamp = directory / CHECKED
     since = stamp.stat().st_mtime_ns if stamp.exists() else 0
     stamp.touch()  # before any entry is read: what is written meanwhile is for the next call
-    recent = [entry for entry in sorted(directory.glob(ENTRIES)) if entry.stat().st_mtime_ns >= since]
-    damaged = [entry for entry in recent if is_cut_short(entry.read_bytes())]
-    for entry in damaged:
-        entry.unlink(missing_ok=True)
+    damaged = []
+    for entry in sorted(directory.glob(ENTRIES)):
+        with contextlib.suppress(FileNotFoundError):  # another start has dropped it
+            if entry.stat().st_mtime_ns >= since and is_cut_short(entry.read_bytes()):
+                entry.unlink()
+                damaged.append(entry)
     return damaged
 
 

@@ -73,7 +73,9 @@ def test_a_failure_that_is_none_of_memory_is_left_as_it_is(tiny_model, tmp_path,
 def test_a_run_directory_that_cannot_be_is_refused_before_the_model_is_looked_for(tmp_path):
     (tmp_path / "file").touch()
     config = load(overrides={"run.dir": str(tmp_path / "file" / "run"), "model.path": "./absent"})
-    with pytest.raises(UserError, match=r"run\.dir: .*file/run.* cannot be written: .*/file is no directory to write to"):
+    with pytest.raises(
+        UserError, match=r"run\.dir: .*file/run.* cannot be written: .*/file is no directory to write to"
+    ):
         build.build(config)
 
 
