@@ -128,7 +128,9 @@ def score_token_rewards(seq_scores: jax.Array, scored: Scored, response_mask: ja
 def pick_next_kl_coef(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
     if config.kl.target_nats is None:
         return lambda kl_coef, seq_kl: kl_coef
-    return partial(kl.next_kl_coef, target_nats=config.kl.target_nats, horizon=config.kl.horizon)
+    steer = partial(kl.next_kl_coef, target_nats=config.kl.target_nats, horizon=config.kl.horizon)
+    # A KL that is no number steers nothing: its steps are skipped, and the coefficient would never be a number again.
+    return lambda kl_coef, seq_kl: jnp.where(jnp.isnan(seq_kl), kl_coef, steer(kl_coef, seq_kl))
 
 
 # ------------------------------------------------------------------------------------------------- step 5: advantages

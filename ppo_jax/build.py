@@ -1,7 +1,7 @@
 """The factory: a config becomes models, prompts, reward and optimizer; `algorithm` picks the functions of the steps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -34,7 +34,15 @@ from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.rewards.classifier import load_reward_model
 from ppo_jax.rewards.source import MODEL, Reward, RewardFunction, open_reward
 from ppo_jax.rollout import Endings, Sampling
-from ppo_jax.run_directory import check_reference, check_resumable, check_unused, run_directory, write_description
+from ppo_jax.run_directory import (
+    check_resumable,
+    check_unchanged,
+    check_unused,
+    prompts_digest,
+    run_directory,
+    tokenizer_digest,
+    write_description,
+)
 from ppo_jax.run_lock import RunLock
 from ppo_jax.stop_strings import stop_table
 from ppo_jax.update import Objective
@@ -72,11 +80,12 @@ def build(
     reward: RewardFunction | None = None,
     prompts: Sequence[str] | None = None,
     resume: bool = False,
+    allowed_changes: Collection[str] = (),
 ) -> tuple[Run, TrainState]:
     """Load and check everything, then make the run directory. Nothing is written before all checks have passed."""
     lock = RunLock(Path(from_lead(lambda: str(run_directory(config, resume=resume)))))
     try:
-        return _build(config, lock, reward=reward, prompts=prompts, resume=resume)
+        return _build(config, lock, reward=reward, prompts=prompts, resume=resume, allowed_changes=allowed_changes)
     except BaseException:
         lock.release()
         raise
@@ -89,6 +98,7 @@ def _build(
     reward: RewardFunction | None,
     prompts: Sequence[str] | None,
     resume: bool,
+    allowed_changes: Collection[str],
 ) -> tuple[Run, TrainState]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh.shape)
@@ -108,8 +118,9 @@ def _build(
     with jax.set_mesh(mesh):
         endings = make_endings(config, model)
         initial, ref_params = first_policy(config, model, source, adapter, mesh)
-        reference_digest = digest(ref_params)
+        digests = {"reference": digest(ref_params)}
         spec_of_critic, critic = first_critic(config, model, initial, mesh)
+    digests |= {"tokenizer": tokenizer_digest(model.tokenizer), "prompts": prompts_digest(loaded_prompts)}
     optimizer = pick_optimizer(config)
     run = Run(
         config=config,
@@ -131,7 +142,7 @@ def _build(
     )
     start = partial(first_state, optimizer=optimizer, kl_coef=config.kl.coef)
     if resume:
-        check_reference(directory, reference_digest)
+        check_unchanged(directory, digests, allowed_changes)
         # In the places of this run's mesh, whichever mesh it was saved on.
         like = sharding.abstract(mesh, jax.eval_shape(start, initial | critic))
         state = checkpoint.restore_newest(directory / "checkpoints", like, strict=config.checkpoint.strict)
@@ -141,7 +152,8 @@ def _build(
     if not resume:
         lock.acquire()
         from_lead(partial(check_unused, directory))  # another may have begun there while the model was loaded
-    described = {"reference_digest": reference_digest, "from_python": from_python}
+    described = {f"{name}_digest": digest for name, digest in digests.items()}
+    described |= {"from_python": from_python, "config": config.model_dump(mode="json")}
     from_lead(partial(write_description, directory, config, described))
     return run, state
 
@@ -234,6 +246,7 @@ def first_state(params: Params, *, optimizer: optax.GradientTransformation, kl_c
             opt_state=optimizer.init(params),
             kl_coef=jnp.asarray(kl_coef, dtype),
             score_moments=first_moments(dtype),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
         )
     )
 

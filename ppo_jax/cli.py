@@ -11,6 +11,7 @@ import yaml
 from ppo_jax import config_file, generate_config, reward_model_config
 from ppo_jax.config import EMBEDDED, Config, Settings, known_keys, sections
 from ppo_jax.errors import UserError
+from ppo_jax.resumed import load_resumed
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -50,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.resume is not None:
         if options.config is not None:
             raise UserError("--resume takes the configuration of the run; --config cannot be given with it")
-        config = config_file.load_resumed(Path(options.resume), overrides)
+        config = load_resumed(Path(options.resume), overrides, allowed=options.allow_change)
     else:
         config = config_file.load(options.config, overrides)
     if options.print_config:
@@ -61,15 +62,20 @@ def run(arguments: Sequence[str]) -> None:
 
     if options.distributed:
         processes.join()
+    processes.check_platform("any" if options.dry_run else config.mesh.platform)
     if options.dry_run:
         from ppo_jax.plan import print_plan
 
         print_plan(config, resume=options.resume is not None)
         return
+    from ppo_jax import compilation_cache
     from ppo_jax.build import build
     from ppo_jax.train import train
 
-    result = train(*build(config, resume=options.resume is not None))
+    compilation_cache.turn_on()
+    if processes.is_lead():
+        print(*compilation_cache.prepare(), sep="\n", flush=True)
+    result = train(*build(config, resume=options.resume is not None, allowed_changes=options.allow_change))
     if not processes.is_lead():
         return
     if result.metrics:
@@ -153,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below; the rest are the defaults")
     parser.add_argument("--resume", metavar="RUN", help="continue a run directory from its newest checkpoint")
+    parser.add_argument(
+        "--allow_change",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="with --resume: a key that may differ from the last start, or reference, tokenizer or prompts",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
         "--distributed",

@@ -356,6 +356,9 @@ class CheckpointConfig(Section, frozen=True):
 
 
 class MeshConfig(Section, frozen=True):
+    platform: Literal["any", "cpu", "gpu", "tpu"] = Field(
+        default="any", description="what the devices must be; any other than what JAX sees is refused"
+    )
     data: Positive | None = Field(
         default=None, description="devices along data: answers are split, weights repeated; by default all left over"
     )

@@ -369,21 +369,3 @@ RESUMABLE = (
     "mesh.",
     "update.micro_batch_size",
 )
-
-
-def load_resumed(directory: Path, overrides: dict[str, Any]) -> Config:
-    """The configuration of a run directory, with overrides that do not alter the meaning of what it holds."""
-    refused = [key for key in overrides if not key.startswith(RESUMABLE)]
-    if refused:
-        raise UserError(
-            f"--resume: {', '.join(refused)} would change what {directory} computes; only "
-            f"{', '.join(key + ('*' if key.endswith('.') else '') for key in RESUMABLE)} may change"
-        )
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"--resume: {directory} (resolved: {directory.absolute()}) is not a run directory")
-    config = load(directory / "config.yaml", {"run.dir": str(directory)} | overrides)
-    if config.update.schedule != "constant" and "run.iterations" in overrides:
-        raise UserError(
-            f"--resume: run.iterations cannot change, the {config.update.schedule} schedule of {directory} ends there"
-        )
-    return config

@@ -46,6 +46,19 @@ def join() -> None:
         ) from error
 
 
+def check_platform(asked: str) -> None:
+    """Refuse to compute on anything else than what was asked for, by `mesh.platform` or by JAX_PLATFORMS."""
+    install = "a GPU needs a driver and one of the extras cuda12 and cuda13: pip install 'ppo-jax[cuda13]'"
+    try:
+        devices, found = jax.devices(), jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # asserted, without a word, where no NVIDIA device is visible
+        reason = (str(error).splitlines() or ["JAX finds no such device"])[0]
+        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}; {install}") from error
+    if asked not in ("any", found):
+        shown = ", ".join(map(str, devices[:4])) + (", ..." if len(devices) > 4 else "")
+        raise UserError(f"mesh.platform is {asked}, but JAX sees {len(devices)} of {found} ({shown}); {install}")
+
+
 def is_lead() -> bool:
     """Whether this is process 0: the one that writes, prints and exports."""
     return jax.process_index() == 0

@@ -82,3 +82,4 @@ class TrainState:
     opt_state: optax.OptState
     kl_coef: Float[Array, ""]  # β of the next iteration
     score_moments: Any  # ops.rewards.ScoreMoments of all scores so far
+    skipped_in_a_row: Int[Array, ""]  # optimizer steps up to here, over iterations, that were not finite

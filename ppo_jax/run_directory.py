@@ -1,23 +1,27 @@
 """The directory of a run: which one it is, what describes the run in it, and whether it may be continued."""
 
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+from transformers import PreTrainedTokenizerBase
 
 import ppo_jax
 from ppo_jax import checkpoint, durable
 from ppo_jax.config import Config, Settings
 from ppo_jax.errors import UserError
+from ppo_jax.prompts import Prompts
+from ppo_jax.resumed import DESCRIPTION
 from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.run_lock import FILE as LOCK_FILE
 
-DESCRIPTION = "versions.json"
 WATCHED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "orbax-checkpoint")
 
 
@@ -27,6 +31,12 @@ def run_directory(config: Config | RewardModelConfig, *, resume: bool) -> Path:
     directory = Path(name).expanduser().absolute()
     if not resume:
         check_unused(directory)
+    # Before anything is loaded; that it can be written for certain is known when it is locked.
+    home = next(path for path in (directory, *directory.parents) if path.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise UserError(
+            f"run.dir: {name} (resolved: {directory}) cannot be written: {home} is no directory to write to"
+        )
     return directory
 
 
@@ -50,14 +60,47 @@ def check_resumable(directory: Path, from_python: list[str]) -> None:
         )
 
 
-def check_reference(directory: Path, reference_digest: str) -> None:
-    """A continued run keeps its reference: another one would be a fresh KL budget."""
-    expected = _description(directory).get("reference_digest", reference_digest)
-    if expected != reference_digest:
+# What a continued run must find as it was, whatever its configuration says, and what another one would do.
+CONSEQUENCES = {
+    "reference": "the model at model.path is not the one it began with: the reference would change",
+    "tokenizer": "the tokenizer is not the one it began with: tokens would mean something else",
+    "prompts": "the prompts are not those it began with: the coming iterations would be others",
+}
+
+
+def check_unchanged(directory: Path, digests: dict[str, str], allowed: Collection[str]) -> None:
+    """Refuse another model, tokenizer or prompts than those of the last start, unless they are among the `allowed`."""
+    described = _description(directory)
+    changed = [
+        f"  {name}: {CONSEQUENCES[name]} (digest {digest}, expected {described[f'{name}_digest']})\n"
+        for name, digest in digests.items()
+        if described.get(f"{name}_digest", digest) != digest and name not in allowed
+    ]
+    if changed:
         raise UserError(
-            f"--resume: the model at model.path is not the one {directory} began with (digest {reference_digest}, "
-            f"expected {expected}); the reference would change"
+            f"--resume: {directory} does not find what it needs:\n{''.join(changed)}Bring it back, or allow each by "
+            f"its name (--allow_change {changed[0].split(':')[0].strip()})"
         )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that makes tokens of texts and texts of tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return _digest([rules, repr(tokenizer.chat_template), repr(tokenizer.all_special_tokens)])
+
+
+def prompts_digest(prompts: Prompts) -> str:
+    """Of the prompts in their order, as texts, as tokens, and with their columns."""
+    columns = [f"{name} {values!r}" for name, values in sorted(prompts.columns.items())]
+    return _digest([*prompts.texts, *map(str, prompts.encoded), *columns])
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def _description(directory: Path) -> dict[str, Any]:

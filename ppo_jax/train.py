@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from ppo_jax.errors import UserError
 from ppo_jax.export import export_policy
 from ppo_jax.interruption import noted_signals
 from ppo_jax.models.critic import split_critic
-from ppo_jax.monitor import alarms, invariants, metrics, samples, signals
+from ppo_jax.monitor import alarms, invariants, metrics, not_finite, samples, signals
 from ppo_jax.monitor import answers as kept_answers
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.console import View, print_samples
+from ppo_jax.monitor.memory import shortage_named
 from ppo_jax.monitor.sinks import MetricsWriter, read_rows
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
 from ppo_jax.processes import from_any, from_lead, together
@@ -142,6 +144,9 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
         )
         state = replace(state, kl_coef=next_kl_coef, score_moments=score_moments)
         stats = [metrics.to_host(stats) for stats in optimizer_steps]
+    kept = vars(experience) | {"ref_hidden": None, "seq_scores": seq_scores, "ref_logprobs": scored.ref_logprobs}
+    steps, decode = update.minibatches(config, step), partial(tokenizer_texts, run.model.tokenizer)
+    not_finite.keep_batch(run.directory, step, stats, steps, kept, mesh=run.mesh, decode=decode)
     if step == 0:
         invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
     observed |= {"time/reward_s": scores.seconds}
@@ -204,7 +209,7 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
         checkpoints.rewards |= {row["step"]: row["reward/mean"] for row in rows}
         rows_before = len(rows)
         for step in range(first_step, config.run.iterations):
-            with save_on_failure(run, state, checkpoints):
+            with save_on_failure(run, state, checkpoints), shortage_named(config, clock):
                 if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
                     answer_fixed_prompts(run, state)
                 clock.restart()
@@ -256,13 +261,15 @@ def keeps_answers(config: Config, step: int) -> bool:
 
 
 def stop_if_not_finite(run: Run, state: TrainState, checkpoints: Checkpoints, numbers: dict[str, Any]) -> None:
-    """A loss or gradient that is not finite ends the run; the parameters, untouched by that step, are saved."""
-    if numbers["update/skipped_steps"] > 0:
+    """Several optimizer steps in a row that were not finite end the run; what they left untouched is saved."""
+    in_a_row = int(numbers["update/skipped_in_a_row_max"])
+    if in_a_row >= not_finite.TOO_MANY_IN_A_ROW:
         saved = save_now(state, checkpoints)
         raise UserError(
-            f"the loss or the gradient of {numbers['update/skipped_steps']:.0f} optimizer steps was not finite after "
-            f"iteration {int(state.step) - 1}; those steps were skipped, the state is {saved}. Look for extreme scores "
-            f"or ratios in {run.directory / 'metrics.jsonl'}; a new run may need a lower update.learning_rate"
+            f"{in_a_row} optimizer steps in a row were skipped by iteration {int(state.step) - 1}: the "
+            f"{not_finite.cause(numbers)} was not finite. Parameters and moments are as before them, the state is "
+            f"{saved}. Look at the answers in {run.directory / not_finite.FOLDER} and for extreme scores or ratios in "
+            f"{run.directory / 'metrics.jsonl'}; a new run may need a lower update.learning_rate"
         )
 
 

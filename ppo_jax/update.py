@@ -4,7 +4,7 @@ The loss of a minibatch is Σ w_bt ℓ_bt with weights known beforehand (`ops.lo
 step add up: sums of losses, sums of gradients, one clipping, one AdamW step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -283,8 +283,9 @@ def ppo_step(
 ) -> tuple[Params, optax.OptState, Stats]:
     """One optimizer step on the answers `rows` of the batch; the old parameters' memory is reused.
 
-    `planned_step` is its number in a run that leaves out none; the learning rate depends on it. A step whose loss or
-    gradient is not finite leaves parameters and moments as they were and is counted as skipped.
+    `planned_step` is its number in a run that leaves out none; the learning rate depends on it. A step whose loss,
+    gradient or update is not finite leaves parameters and moments as they were and is counted as skipped. Moments are
+    means of gradients, so they overflow only where a gradient's norm does.
     """
     note_compilation(
         "update", B=rows.shape[0], P=experience.prompt_tokens.shape[1], T=experience.response_tokens.shape[1]
@@ -295,7 +296,7 @@ def ppo_step(
     (of_policy, of_critic), grad_norm = split_critic(gradients), optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
         updates, new_opt_state = optimizer.update(gradients, opt_state, params, planned_step=planned_step)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
     updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
     new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
     stats = {
@@ -327,36 +328,40 @@ def update(
 ) -> tuple[TrainState, list[Stats]]:
     """Epochs of shuffled minibatches over one batch; statistics of every optimizer step in order.
 
-    `state` is consumed: its buffers are donated. The shuffle is a function of (seed, step, epoch). A step that finds
-    the policy further from the old one than `update.max_approx_kl_nats` is the last; the learning rate goes on as if
-    all had been taken, so that a schedule ends when the run does.
+    `state` is consumed: its buffers are donated. A step that finds the policy further from the old one than
+    `update.max_approx_kl_nats` is the last; the learning rate goes on as if all had been taken, so that a schedule ends
+    when the run does.
     """
+    ceiling, params, opt_state = config.update.max_approx_kl_nats, state.params, state.opt_state
+    skipped_in_a_row, all_stats = state.skipped_in_a_row, []
     first_step = int(state.step) * config.optimizer_steps_per_iteration
-    batch, size, ceiling = config.rollout.batch_size, config.update.minibatch_size, config.update.max_approx_kl_nats
-    params, opt_state, all_stats = state.params, state.opt_state, []
+    for planned_step, rows in enumerate(minibatches(config, state.step), first_step):
+        params, opt_state, stats = ppo_step(
+            params,
+            opt_state,
+            ref_params,
+            experience,
+            rows,
+            state.kl_coef,
+            np.int32(planned_step),
+            optimizer=optimizer,
+            objective=objective,
+        )
+        skipped_in_a_row = jnp.where(stats["update/skipped_steps"], skipped_in_a_row + 1, 0)
+        all_stats.append(stats | {"update/skipped_in_a_row_max": skipped_in_a_row})
+        if ceiling is not None and float(stats["policy/approx_kl_nats"]) > ceiling:
+            break
+    trained = replace(state, params=params, opt_state=opt_state, skipped_in_a_row=skipped_in_a_row)
+    return replace(trained, step=state.step + 1), all_stats
 
-    def finished() -> TrainState:
-        return replace(state, step=state.step + 1, params=params, opt_state=opt_state)
 
+def minibatches(config: Config, step: int | Int[Array, ""]) -> Iterator[np.ndarray]:
+    """Which answers each optimizer step of an iteration is made of: a shuffle per epoch, by (seed, step, epoch)."""
+    batch, size = config.rollout.batch_size, config.update.minibatch_size
     for epoch in range(config.update.epochs):
-        key = jax.random.fold_in(purpose_key(config.run.seed, state.step, Purpose.SHUFFLE), epoch)
+        key = jax.random.fold_in(purpose_key(config.run.seed, step, Purpose.SHUFFLE), epoch)
         order = np.asarray(jax.random.permutation(key, batch))
-        for start in range(0, batch, size):
-            params, opt_state, stats = ppo_step(
-                params,
-                opt_state,
-                ref_params,
-                experience,
-                order[start : start + size],
-                state.kl_coef,
-                np.int32(first_step + len(all_stats)),
-                optimizer=optimizer,
-                objective=objective,
-            )
-            all_stats.append(stats)
-            if ceiling is not None and float(stats["policy/approx_kl_nats"]) > ceiling:
-                return finished(), all_stats
-    return finished(), all_stats
+        yield from (order[start : start + size] for start in range(0, batch, size))
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -41,6 +41,7 @@ def state_of(step: int) -> TrainState:
         opt_state={"m": jnp.asarray(rng.normal(size=999), jnp.float32)},
         kl_coef=jnp.float32(step / 7),
         score_moments=first_moments("float32"),
+        skipped_in_a_row=jnp.int32(step % 3),
     )
 
 

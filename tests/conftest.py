@@ -3,14 +3,19 @@
 Expected values come from loops in float64 NumPy, from torch or from transformers; never from the code under test.
 """
 
+import atexit
 import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The commands that tests run keep what they compile here, not in the cache of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ppo_jax_tests_")
 
 import flax.struct
 import jax
@@ -18,6 +23,7 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile a hundred small programs and run each for milliseconds.

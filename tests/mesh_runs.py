@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import build, sharding, train
-from ppo_jax.config_file import load, load_resumed
+from ppo_jax.config_file import load
+from ppo_jax.resumed import load_resumed
 from ppo_jax.sharding import AXES
 from tests.tiny import PROMPTS
 

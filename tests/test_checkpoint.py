@@ -34,6 +34,7 @@ def some_state(step, seed=0):
         opt_state=moments,
         kl_coef=jnp.float32(0.05 + step),
         score_moments=ScoreMoments(*(jnp.float32(step + i) for i in range(3))),
+        skipped_in_a_row=jnp.int32(step % 3),
     )
 
 

@@ -86,3 +86,12 @@ def test_every_error_is_one_that_the_page_of_truth_has():
         printed = [x for row in truth(error[-2]).values() for x in row]
         assert numbers, error
         assert set(numbers) <= set(printed), error
+
+
+def test_every_test_that_the_table_of_faults_names_is_there():
+    rows = [line for line in (DOCS / "reliability.md").read_text("utf-8").splitlines() if "`test_" in line]
+    assert len(rows) > 20
+    for row in rows:
+        for file, tests in re.findall(r"(test_\w+): ((?:`test_\w+`(?:, )?)+)", row):
+            source = (Path(__file__).parent / f"{file}.py").read_text("utf-8")
+            assert all(f"def {test}(" in source for test in re.findall(r"`(\w+)`", tests)), row

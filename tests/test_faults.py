@@ -367,6 +367,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_where_the_unbroke
     )
     assert parts == whole
     assert [row["step"] for row in whole] == list(range(9))
+    assert (recipe / "parts" / "samples.jsonl").read_bytes() == (recipe / "whole" / "samples.jsonl").read_bytes()
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_what_two_save_one_restores(tmp_path):

@@ -133,7 +133,8 @@ def test_a_save_replaces_what_was_there_keeps_its_companions_and_leaves_no_parti
     (tmp_path / "policy.partial" / "junk").write_text("of a killed save")
     model, params = load(source)
     hf_io.save_model(target, model, params)
-    assert {file.name for file in tmp_path.iterdir()} == {"llama", "policy"}
+    assert {file.name for file in tmp_path.iterdir()} == {"llama", "policy", "policy.kept_1"}
+    assert (tmp_path / "policy.kept_1" / "stale.safetensors").read_text() == "old"
     names = {file.name for file in target.iterdir()}
     assert names >= {
         "config.json",

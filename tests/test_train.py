@@ -19,6 +19,7 @@ from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.monitor import answers as kept_answers
 from ppo_jax.monitor import samples
+from ppo_jax.monitor.sinks import read_rows
 from ppo_jax.ops.randomness import Purpose
 from ppo_jax.prompts import Prompts
 from ppo_jax.tracing import compilations
@@ -50,9 +51,39 @@ def run(tiny_model, directory, *, reward=vowel_share, resume=None, **changes):
     return ppo_jax.fine_tune(settings, reward=reward, prompts=PROMPTS)
 
 
-def rows_without_times(result):
+def rows_without_times(result, rows=None):
     timed = ("time/", "throughput/")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in result.metrics]
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in (rows or result.metrics)]
+
+
+def broken_off(tiny_model, directory, *, call, **changes):
+    """Begin a run and end it, saved, at a call of its reward."""
+    calls = iter(range(1, 1000))
+
+    def fails(prompts, answers):
+        if next(calls) == call:
+            raise TimeoutError("the service is gone")
+        return vowel_share(prompts, answers)
+
+    with pytest.raises(UserError, match="the service is gone"):
+        run(tiny_model, directory, reward=fails, **changes)
+
+
+def bits(state):
+    """Type, shape and bytes of every array: 0 is not -0 here, and a NaN is itself."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = ((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves)
+    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in arrays}
+
+
+def assert_ends_alike(result, whole):
+    """Parameters, moments, controllers and counters, metrics but for times, samples and the policy, to the bit."""
+    assert bits(result.state) == bits(whole.state)
+    assert {".kl_coef", ".score_moments.mean", ".skipped_in_a_row", ".step"} < set(bits(whole.state))
+    rows = [read_rows(run.directory / "metrics.jsonl") for run in (result, whole)]
+    assert rows_without_times(result, rows[0]) == rows_without_times(whole, rows[1])
+    for file in ("samples.jsonl", "policy/model.safetensors"):
+        assert (result.directory / file).read_bytes() == (whole.directory / file).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -183,19 +214,22 @@ def test_the_exact_form_penalises_in_the_loss_and_holds_the_policy_near_its_refe
 
 def test_a_resumed_run_ends_where_the_unbroken_one_ends_bit_for_bit(tiny_model, tmp_path):
     whole = run(tiny_model, tmp_path / "whole")
-    run(tiny_model, tmp_path / "parts", run__iterations=2, checkpoint__save_every=1)
-    resumed = run(tiny_model, None, resume=tmp_path / "parts", **{"run.iterations": 4})
+    broken_off(tiny_model, tmp_path / "parts", call=5)  # after the fixed prompts, two iterations, and these again
+    resumed = run(tiny_model, None, resume=tmp_path / "parts")
     assert [row["step"] for row in resumed.metrics] == [2, 3]
-    assert rows_without_times(resumed) == rows_without_times(whole)[2:]
-    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    assert_ends_alike(resumed, whole)
     written = (resumed.directory / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in written] == [0, 1, 2, 3]
 
 
 def test_resuming_refuses_what_would_change_the_meaning(tiny_model, tmp_path):
     run(tiny_model, tmp_path / "run", run__iterations=1, checkpoint__save_every=1)
-    with pytest.raises(UserError, match=r"kl\.coef would change"):
+    with pytest.raises(UserError, match=r"would change what .*run computes:\n  kl\.coef: 0\.01 -> 1\.0\n"):
         run(tiny_model, None, resume=tmp_path / "run", **{"kl.coef": 1.0})
+    others = {"reward": vowel_share, "prompts": PROMPTS[:3], "resume": tmp_path / "run"}
+    with pytest.raises(UserError, match=r"prompts: .* the coming iterations would be others"):
+        ppo_jax.fine_tune(**others)
+    assert ppo_jax.fine_tune(**others, allow_change=["prompts"]).metrics == []
 
 
 def test_a_resumed_run_keeps_its_reward_its_reference_and_its_schedule(tiny_model, tmp_path):
@@ -313,6 +347,7 @@ def test_the_command_trains_from_a_yaml_file_and_reports_the_run(tiny_model, tmp
     assert done.returncode == 0, done.stderr
     assert "Policy, in Hugging Face format" in done.stdout
     assert "compiling rollout for B=16" in done.stdout
+    assert "compilation cache: " in done.stdout
     resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert resolved["run"]["iterations"] == 2
     assert resolved["reward"]["function"] == "rewards:score"

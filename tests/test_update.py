@@ -334,14 +334,19 @@ def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience,
     def record(params, opt_state, ref_params, experience, rows, kl_coef, planned_step, **_):
         visited.append(rows.tolist())
         planned.append(int(planned_step))
-        return params, opt_state, {"policy/approx_kl_nats": jnp.zeros(())}
+        return params, opt_state, {"policy/approx_kl_nats": jnp.zeros(()), "update/skipped_steps": jnp.asarray(False)}
 
     monkeypatch.setattr(update, "ppo_step", record)
 
     def visits(step):
         visited.clear()
         state = TrainState(
-            step=jnp.asarray(step), params={}, opt_state=(), kl_coef=KL_COEF, score_moments=first_moments(jnp.float32)
+            step=jnp.asarray(step),
+            params={},
+            opt_state=(),
+            kl_coef=KL_COEF,
+            score_moments=first_moments(jnp.float32),
+            skipped_in_a_row=jnp.int32(0),
         )
         after, stats = update.update(
             state, {}, experience, config=config, optimizer=OPTIMIZER, objective=make_objective(tiny)

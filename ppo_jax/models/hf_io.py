@@ -1,6 +1,8 @@
 """Hugging Face model directories in and out: safetensors only, no torch, no remote code, nothing loaded in part."""
 
+import itertools
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from ppo_jax.models.families import FAMILIES, Tensor, family_of, spec_of, tensor
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+log = logging.getLogger("ppo_jax")
 
 Place = Callable[[str, np.ndarray], jax.Array]  # puts the array of a parameter's path where it belongs
 
@@ -283,17 +287,29 @@ def save_tensors(
     """Write a model directory of tensors under their Hugging Face names, and the model's config with some changes.
 
     Tokenizer, chat template and generation config come along. The directory appears whole or not at all: everything is
-    written beside it first. An existing one is replaced.
+    written beside it first. An existing one is replaced; one that holds files that the new one has not is kept under
+    another name, which is said.
     """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write_model(partial, model, tensors, {**config_changes, "dtype": jnp.dtype(dtype).name})
+        _set_aside_what_is_not_ours(directory, partial)
         durable.publish(partial, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the model could not be written to {directory}: {error}") from error
+
+
+def _set_aside_what_is_not_ours(directory: Path, partial: Path) -> None:
+    """Rename a directory with files that the new export has not: someone else put them there."""
+    others = sorted({path.name for path in directory.glob("*")} - {path.name for path in partial.iterdir()})
+    if others:
+        names = (directory.with_name(f"{directory.name}.kept_{i}") for i in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        log.warning("warning: %s holds files of others (%s); it is now %s", directory, listing(others), aside.name)
+        directory.rename(aside)
 
 
 def _write_model(

@@ -16,10 +16,11 @@ class PhaseClock:
         """Begin an iteration."""
         self._started = time.perf_counter()
         self._phases: dict[str, float] = {}
+        self.last_phase = "start"  # the one under way, or the one that failed
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, self.last_phase = time.perf_counter(), name
         yield
         self._phases[name] = time.perf_counter() - started
 
