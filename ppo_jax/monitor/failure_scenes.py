@@ -87,7 +87,7 @@ def answers_shrink(row: Row, first: Row, config: Config) -> Finding | None:
 
 def answers_at_limit(row: Row, first: Row, config: Config) -> Finding | None:
     was, now = first["response/truncated_frac"], row["response/truncated_frac"]
-    if now < was + 0.5 * (1 - was) or now == was:
+    if now - was < max(0.2, 0.5 * (1 - was)):
         return None
     return Finding(
         f"answers run to the limit of {config.rollout.max_new_tokens} tokens",
