@@ -2,7 +2,7 @@
 
 Every scene of `scene_runs` is provoked once for every seed, beside three healthy runs; each run's rows become a line of
 FILE, and what is there already is not run again. The alarms are a function of the rows, so `--judge` gives the table of
-whatever is in FILE without running anything. Thresholds were set on seeds 100 to 102.
+whatever is in FILE without running anything. Thresholds were set on runs of seed 100.
 """
 
 import argparse

@@ -131,6 +131,12 @@ def test_what_does_not_last_for_the_patience_raises_nothing(failure):
     assert heard(history(FAILURES[failure][0], wrong=blinking)) == []
 
 
+def test_answers_that_were_cut_off_from_the_start_are_not_said_to_run_to_the_limit():
+    """Of 16 answers 15 at first and 16 afterwards: all of those that ended, and yet only noise."""
+    rows = [row | {"response/truncated_frac": 1.0 if row["step"] else 15 / 16} for row in history({})]
+    assert heard(rows) == []
+
+
 def test_patience_is_that_of_the_configuration():
     config = load(overrides={"alarms.patience": 7})
     found = heard(history(FAILURES["answers_shrink"][0]), config)

@@ -73,7 +73,7 @@ def score_up_text_decays(row: Row, first: Row, config: Config) -> Finding | None
 
 
 def answers_shrink(row: Row, first: Row, config: Config) -> Finding | None:
-    shorter = row["response/len_mean_tokens"] < 0.6 * first["response/len_mean_tokens"]
+    shorter = row["response/len_mean_tokens"] < 0.75 * first["response/len_mean_tokens"]
     if not shorter and row["response/empty_frac"] - first["response/empty_frac"] < 0.2:
         return None
     return Finding(
@@ -87,7 +87,7 @@ def answers_shrink(row: Row, first: Row, config: Config) -> Finding | None:
 
 def answers_at_limit(row: Row, first: Row, config: Config) -> Finding | None:
     was, now = first["response/truncated_frac"], row["response/truncated_frac"]
-    if now < was + 0.5 * (1 - was) or now == was:
+    if now - was < max(0.2, 0.35 * (1 - was)):
         return None
     return Finding(
         f"answers run to the limit of {config.rollout.max_new_tokens} tokens",
