@@ -21,8 +21,8 @@ LEVELS = {
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
     "reward_training": 3,
     "algorithm": 4, "build": 4, "run_directory": 4,
-    "evaluation": 5, "export": 5, "review": 5, "generate": 6, "train": 6, "plan": 6, "reward_model": 6, "cli": 7,
-    "__init__": 8, "__main__": 8,
+    "ending": 5, "evaluation": 5, "export": 5, "review": 5, "generate": 6, "train": 6, "plan": 6, "reward_model": 6,
+    "cli": 7, "__init__": 8, "__main__": 8,
 }  # fmt: skip
 SAME_LEVEL = {
     ("build", "algorithm"),
