@@ -14,12 +14,12 @@ from ppo_jax.monitor.alarms import Alarm
 from ppo_jax.monitor.console import View
 from ppo_jax.monitor.sinks import MetricsWriter
 from ppo_jax.ops import masking
-from ppo_jax.records import EOS, TRUNCATED, Rollout, Scored
+from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout, Scored
 
-# The third answer is an EOS alone, the last row padding of a bucket.
-LENGTHS = np.array([3, 5, 1, 4, 0])
+# The third answer is an EOS alone, the fourth a stop string of one token, the last row padding of a bucket.
+LENGTHS = np.array([3, 5, 1, 1, 4, 0])
 MASK = np.arange(6)[None] < LENGTHS[:, None]
-SCORES = np.array([1.0, -1.0, 3.0, 3.0, 9.0], np.float32)
+SCORES = np.array([1.0, -1.0, 3.0, 0.5, 3.0, 9.0], np.float32)
 ANSWERED = LENGTHS > 0
 
 
@@ -39,8 +39,8 @@ def batch(junk):
         response_mask=jnp.asarray(MASK),
         behaviour_logprobs=values(),
         kept_mass=values(),
-        finish_reason=jnp.asarray([EOS, TRUNCATED, EOS, EOS, TRUNCATED]),
-        group_id=jnp.arange(5),
+        finish_reason=jnp.asarray([EOS, TRUNCATED, EOS, STOP_STRING, EOS, TRUNCATED]),
+        group_id=jnp.arange(6),
         policy_version=jnp.zeros((), jnp.int32),
     )
     return rollout, scored
@@ -58,12 +58,12 @@ def test_distributions_are_those_of_the_response_tokens_and_of_the_answers_that_
     penalties = [0.25 * (old - ref)[b, :n].sum() for b, n in enumerate(LENGTHS) if n]
     expected = {
         **quantiles("score/", scores),
-        "score/at_min_frac": 1 / 4,
-        "score/at_max_frac": 2 / 4,
+        "score/at_min_frac": 1 / 5,
+        "score/at_max_frac": 2 / 5,
         "score/len_correlation": np.corrcoef(scores, lengths)[0, 1],
         "reward/penalty_std": np.std(penalties),
         **quantiles("response/len_", lengths, "_tokens"),
-        "response/empty_frac": 1 / 4,
+        "response/empty_frac": 1 / 5,
         **quantiles("log_ratio/", (old - ref)[MASK]),
         "ref_logprob/mean": ref[MASK].mean(),
         **quantiles("ref_logprob/", ref[MASK]),
