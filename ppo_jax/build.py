@@ -38,6 +38,7 @@ from ppo_jax.run_directory import (
     check_resumable,
     check_unchanged,
     check_unused,
+    kl_coef_since,
     prompts_digest,
     run_directory,
     tokenizer_digest,
@@ -141,11 +142,15 @@ def _build(
         optimizer=optimizer,
     )
     start = partial(first_state, optimizer=optimizer, kl_coef=config.kl.coef)
+    since = 0
     if resume:
         check_unchanged(directory, digests, allowed_changes)
         # In the places of this run's mesh, whichever mesh it was saved on.
         like = sharding.abstract(mesh, jax.eval_shape(start, initial | critic))
         state = checkpoint.restore_newest(directory / "checkpoints", like, strict=config.checkpoint.strict)
+        since = from_lead(lambda: kl_coef_since(directory, config, int(state.step)))
+        if int(state.step) <= since:
+            state = replace(state, kl_coef=jnp.full_like(state.kl_coef, config.kl.coef))
     else:
         with jax.set_mesh(mesh):
             state = start(initial | critic)
@@ -153,7 +158,7 @@ def _build(
         lock.acquire()
         from_lead(partial(check_unused, directory))  # another may have begun there while the model was loaded
     described = {f"{name}_digest": digest for name, digest in digests.items()}
-    described |= {"from_python": from_python, "config": config.model_dump(mode="json")}
+    described |= {"from_python": from_python, "kl_coef_since": since, "config": config.model_dump(mode="json")}
     from_lead(partial(write_description, directory, config, described))
     return run, state
 

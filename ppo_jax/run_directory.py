@@ -18,7 +18,7 @@ from ppo_jax import checkpoint, durable
 from ppo_jax.config import Config, Settings
 from ppo_jax.errors import UserError
 from ppo_jax.prompts import Prompts
-from ppo_jax.resumed import DESCRIPTION
+from ppo_jax.resumed import DESCRIPTION, last_config
 from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.run_lock import FILE as LOCK_FILE
 
@@ -47,6 +47,14 @@ def check_unused(directory: Path) -> None:
             f"run.dir: {directory} is there already and not empty; choose another"
             + (f", or continue it with --resume {directory}" if (directory / "checkpoints").exists() else "")
         )
+
+
+def kl_coef_since(directory: Path, config: Config, step: int) -> int:
+    """The iteration from which on a resumed run has the β of its configuration: `step`, where it is resumed, when that
+    is another one than at its last start. Checkpoints up to there hold an older β."""
+    if last_config(directory)["kl.coef"] != config.kl.coef:
+        return step
+    return _description(directory).get("kl_coef_since", 0)
 
 
 def check_resumable(directory: Path, from_python: list[str]) -> None:

@@ -112,7 +112,9 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             answers, scored, seq_scores, state.kl_coef, shaped_scores=shaped_scores, returns=returns
         )
         observed = metrics.to_host(measured)
-        observed |= signals.of_answers(run.mesh, answers, scored, seq_scores, state.kl_coef, texts=texts)
+        observed |= signals.of_answers(
+            run.mesh, answers, scored, seq_scores, shaped_scores, token_rewards, texts=texts
+        )
         if len(named_scores) > 1:
             observed |= metrics.to_host(metrics.named_score_means(answers.response_mask, named_scores))
     if step == 0:
@@ -201,11 +203,14 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
         warn(warnings_of(config))
         log.info("mesh: %s; processes: %d", dict(run.mesh.shape), jax.process_count())
         kept_answers.cut_back(run.directory, first_step)
+        samples.cut_back(run.directory, first_step)
         reference_digest = invariants.digest(run.ref_params)
         evaluate = evaluation.against_sft(run, state, answer)
         rows = [row for row in read_rows(run.directory / "metrics.jsonl") if row["step"] < first_step]
         checkpoints.rewards |= {row["step"]: row["reward/mean"] for row in rows}
-        rows_before = len(rows)
+        rows_before, heard = len(rows), alarms.read(run.directory, first_step)
+        if first_step > 0 and not alarms.has_baseline(rows):
+            warn(["alarms are off: metrics.jsonl does not begin with a row of iteration 0 that has all their numbers"])
         for step in range(first_step, config.run.iterations):
             with save_on_failure(run, state, checkpoints), shortage_named(config, clock):
                 if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
@@ -219,12 +224,13 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
                 with save_on_failure(run, state, checkpoints):
                     numbers |= evaluate(state)
             rows.append({"step": step} | metrics.scalars(numbers))
-            raised = alarms.raised(rows, config, saved_steps(checkpoints.directory))
-            checkpoints.suspected_since = alarms.suspected_since(rows, config)
+            raised = alarms.raised(rows, heard, config, saved_steps(checkpoints.directory))
+            heard |= {alarm.scene: alarm.since for alarm in raised}
+            checkpoints.suspected_since = alarms.suspected_since(rows, heard, config)
             writer.write(step, numbers, raised)
             view.iteration(step, numbers, raised)
             invariants.assert_same_digest(found_digest, reference_digest)
-            state = alarms.act(raised, state, score_std=numbers["score/std"])
+            state = alarms.act(raised, state, score_std=max(row["score/shaped_std"] for row in (rows[0], rows[-1])))
             checkpoints.rewards[step] = numbers["reward/mean"]
             if is_due(step + 1, config.checkpoint.save_every):
                 checkpoints.save(state)

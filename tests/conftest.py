@@ -23,6 +23,8 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
+import tests.typecheck  # noqa: F401, the hook below finds it by name
+
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,7 +41,7 @@ def _pytree_dataclass(cls, *, _make=flax.struct.dataclass, **options):
 
 flax.struct.dataclass = _pytree_dataclass
 # Before the first import of ppo_jax: every annotated function of it checks its shapes and types in the tests.
-jaxtyping.install_import_hook("ppo_jax", "beartype.beartype")
+jaxtyping.install_import_hook("ppo_jax", "tests.typecheck.check")
 
 from parity.models import hf_model  # noqa: E402
 from ppo_jax.models import hf_io  # noqa: E402

@@ -22,9 +22,11 @@ MODEL = VALUE_HEAD | {"critic.kind": "model"}
 STEERED = {"kl.target_nats": 0.05, "kl.horizon": 2.0, "reward.normalise": "running", "update.epochs": 1}
 
 
+ONE_BUCKET = {"rollout.max_new_tokens": 8}  # of answers, so that nothing is compiled twice
+
+
 def run_of(tiny_model, directory, settings, **changes):
-    """Of one bucket of answers, so that nothing is compiled twice."""
-    settings = {"rollout.max_new_tokens": 8} | settings
+    settings = ONE_BUCKET | settings
     return run(tiny_model, directory, **{key.replace(".", "__"): value for key, value in settings.items()}, **changes)
 
 
@@ -83,7 +85,8 @@ def whole_run(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_run_ends_where_the_unbroken_one_ends_bit_for_bit(tiny_model, tmp_path, whole_run, recipe):
     whole, settings = whole_run(recipe), RECIPES[recipe]
-    broken_off(tiny_model, tmp_path / "parts", call=5, **{key.replace(".", "__"): x for key, x in settings.items()})
+    settings = {key.replace(".", "__"): value for key, value in (ONE_BUCKET | settings).items()}
+    broken_off(tiny_model, tmp_path / "parts", call=5, **settings)
     resumed = run(tiny_model, None, resume=tmp_path / "parts")
     assert [row["step"] for row in resumed.metrics] == [2, 3]
     assert_ends_alike(resumed, whole)

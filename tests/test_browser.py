@@ -104,7 +104,7 @@ def test_a_held_key_rates_one_pair_and_the_last_pair_ends_the_page_on_a_phone_to
         for _ in range(5):
             page.keyboard.down("ArrowLeft")  # what a keyboard repeats
         page.keyboard.up("ArrowLeft")
-        page.wait_for_function("document.getElementById('count').textContent.startsWith('1 of')")
+        page.wait_for_function("() => document.getElementById('count').textContent.startsWith('1 of')")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         for number in range(1, 24):
             page.click("text=Tie")

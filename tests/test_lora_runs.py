@@ -103,7 +103,7 @@ def test_a_resumed_adapter_ends_where_the_unbroken_one_ends_bit_for_bit(tiny_mod
     resumed = fine_tune(tiny_model, None, resume=tmp_path / "parts", **{"run.iterations": 4})
     assert rows_without_times(resumed) == rows_without_times(new_run)[2:]
     assert_same(resumed.state, new_run.state)
-    with pytest.raises(UserError, match=r"lora\.alpha would change"):
+    with pytest.raises(UserError, match=r"lora\.alpha: 8\.0 -> 4\.0"):
         fine_tune(tiny_model, None, resume=tmp_path / "parts", **{"lora.alpha": 4})
 
 

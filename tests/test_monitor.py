@@ -92,6 +92,7 @@ def test_metrics_are_those_of_the_response_tokens_alone():
         "kl/coef": 0.25,
         "score/mean": 1.0,
         "score/shaped_mean": 2.0,
+        "score/shaped_std": 2 * np.std([1.0, -1.0, 3.0]),
         "score/std": np.std([1.0, -1.0, 3.0]),
         "reward/mean": 1.0 - 0.25 * np.mean([kl[b, :n].sum() for b, n in enumerate(lengths)]),
         "response/len_mean_tokens": lengths.mean(),

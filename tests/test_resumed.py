@@ -16,9 +16,14 @@ from ppo_jax.run_directory import check_unchanged, prompts_digest, tokenizer_dig
 DIGESTS = {"reference": "aa", "tokenizer": "bb", "prompts": "cc"}
 
 
+def describe(directory, config):
+    digests = {f"{name}_digest": digest for name, digest in DIGESTS.items()}
+    write_description(directory, config, digests | {"from_python": [], "config": config.model_dump(mode="json")})
+
+
 @pytest.fixture
 def begun(tmp_path):
-    write_description(tmp_path, load(overrides={"run.dir": str(tmp_path)}), DIGESTS, [])
+    describe(tmp_path, load(overrides={"run.dir": str(tmp_path)}))
     return tmp_path
 
 
@@ -53,7 +58,7 @@ def test_a_directory_may_move_and_what_does_not_alter_the_meaning_may_change(beg
 
 
 def test_a_schedule_that_ends_with_the_run_is_bent_only_by_name(tmp_path):
-    write_description(tmp_path, load(overrides={"update.schedule": "linear"}), DIGESTS, [])
+    describe(tmp_path, load(overrides={"update.schedule": "linear"}))
     with pytest.raises(UserError, match="linear schedule"):
         load_resumed(tmp_path, {"run.iterations": 99})
     assert load_resumed(tmp_path, {"run.iterations": 30}).run.iterations == 30

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.algorithm import k1_token_rewards
 from ppo_jax.config import MonitorConfig
 from ppo_jax.monitor import metrics, signals
 from ppo_jax.monitor.alarms import Alarm
@@ -46,13 +47,19 @@ def batch(junk):
     return rollout, scored
 
 
+def paid(scored, scores):
+    """Token rewards of a shaped score (twice the score) and a sampled penalty of a quarter of the KL."""
+    return k1_token_rewards(2 * scores, scored, jnp.asarray(MASK), kl_coef=jnp.float32(0.25))
+
+
 def quantiles(prefix, x, unit=""):
     return {f"{prefix}{name}{unit}": np.quantile(x, q) for name, q in metrics.QUANTILES.items()}
 
 
 def test_distributions_are_those_of_the_response_tokens_and_of_the_answers_that_there_are():
     rollout, scored = batch(junk=1e9)
-    found = metrics.to_host(signals.distribution_metrics(rollout, scored, jnp.asarray(SCORES), jnp.float32(0.25)))
+    given = jnp.asarray(SCORES)
+    found = metrics.to_host(signals.distribution_metrics(rollout, scored, given, 2 * given, paid(scored, given)))
     old, ref = (np.asarray(x, np.float64) for x in (scored.old_logprobs, scored.ref_logprobs))
     scores, lengths = SCORES[ANSWERED], LENGTHS[ANSWERED]
     penalties = [0.25 * (old - ref)[b, :n].sum() for b, n in enumerate(LENGTHS) if n]
@@ -80,7 +87,10 @@ def test_masked_junk_changes_neither_a_number_nor_a_bin(junk):
     for filler in (0.0, junk):
         rollout, scored = batch(filler)
         scores = jnp.asarray(np.where(ANSWERED, SCORES, filler), jnp.float32)
-        numbers.append(metrics.to_host(signals.distribution_metrics(rollout, scored, scores, jnp.float32(0.25))))
+        rewards = paid(scored, jnp.asarray(np.where(ANSWERED, SCORES, 0.0), jnp.float32))
+        rewards = jnp.where(MASK, rewards, filler)
+        of_batch = signals.distribution_metrics(rollout, scored, scores, 2 * scores, rewards)
+        numbers.append(metrics.to_host(of_batch))
         counts.append({name: np.asarray(x) for name, x in signals.histograms(rollout, scored).items()})
     assert numbers[0] == numbers[1]
     for name, bins in counts[0].items():
@@ -100,7 +110,7 @@ def test_a_constant_has_no_correlation_and_large_scores_have_theirs():
     assert float(masking.masked_correlation(x, x, jnp.zeros(4, bool))) == 0.0
 
 
-ALARM = Alarm(3, "kl_runaway", "warn", {"kl/seq_nats": 40.0}, "the KL runs away", "steps", "smaller ones", None)
+ALARM = Alarm(3, 2, "kl_runaway", "warn", {"kl/seq_nats": 40.0}, "the KL runs away", "steps", "smaller ones", None)
 COUNTS = np.bincount([10, 10, 79], minlength=80)
 NUMBERS = {"kl/seq_nats": 40.0, "logprob/histogram": COUNTS}
 

@@ -5,6 +5,7 @@ detector looks at one row; that it must be so for several in a row is the busine
 those of the KL and of the rollout's gap alone; docs/failure-scenes.md says where each number comes from.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,23 @@ from ppo_jax.monitor.invariants import LOGPROB_BOUND
 
 Row = dict[str, Any]
 
+# What detectors read of the first row.
+BASELINE = frozenset(
+    """
+    score/mean score/std score/shaped_std score/len_correlation kl/seq_nats logprob/q50 policy/entropy_nats
+    response/len_mean_tokens response/truncated_frac response/empty_frac ref_logprob/mean
+    text/distinct_2gram_frac text/repeated_3gram_frac text/shared_3gram_frac text/same_start_frac text/zlib_ratio
+    rollout/logprob_gap_max rollout/kept_mass
+    """.split()  # noqa: SIM905, a list of this length reads better as a paragraph
+)
 # A mean of this many nats per token is no fine-tuning any more: half of the probability of a token lies elsewhere.
 KL_CAP_NATS_PER_TOKEN = 0.75
 # A policy that after `SETTLING` iterations is still this near to its reference has not moved.
 STILL_NATS_PER_TOKEN = 1e-5
+# The same where a penalty that outweighs the score holds it, in nats per answer.
+HELD_NATS_PER_ANSWER = 0.1
+# Parameters that change by this share of their norm in an iteration are not standing for want of a learning rate.
+STEPPING = 1e-5
 SETTLING = 2
 
 
@@ -40,8 +54,14 @@ def compared(row: Row, first: Row, *names: str) -> dict[str, float]:
 
 
 def score_rise(row: Row, first: Row) -> float:
-    """By how many of its first standard deviations over answers the mean score has risen; 0 where there was none."""
-    return (row["score/mean"] - first["score/mean"]) / first["score/std"] if first["score/std"] > 0 else 0.0
+    """By how many of its first standard deviations over answers the mean score has risen.
+
+    Where all first scores were equal, as those of a goal that is rarely reached are, any rise is more than any number.
+    """
+    rise = row["score/mean"] - first["score/mean"]
+    if first["score/std"] > 0:
+        return rise / first["score/std"]
+    return math.inf if rise > 0 else 0.0
 
 
 def signs_of_decay(row: Row, first: Row) -> dict[str, tuple[str, ...]]:
@@ -120,11 +140,12 @@ def template_sentences(row: Row, first: Row, config: Config) -> Finding | None:
 def not_moving(row: Row, first: Row, config: Config) -> Finding | None:
     began = config.critic.warmup_iterations + config.update.warmup_steps // config.optimizer_steps_per_iteration
     # Of the score's first deviation: where a run has succeeded, all scores are high and nearly alike.
-    held = row["reward/penalty_std"] > 2 * first["score/std"] > 0 and score_rise(row, first) < 0.5
+    outweighed = row["reward/penalty_std"] > 2 * first["score/shaped_std"] > 0
+    held = outweighed and row["kl/seq_nats"] < HELD_NATS_PER_ANSWER
     if row["step"] < began + SETTLING or not (held or row["kl/token_nats"] < STILL_NATS_PER_TOKEN):
         return None
     cause, advice = _why_it_stands(row, held)
-    names = "kl/token_nats", "score/mean", "score/std", "reward/penalty_std", "kl/coef"
+    names = "kl/token_nats", "score/mean", "score/std", "score/shaped_std", "reward/penalty_std", "kl/coef"
     return Finding(
         "the model does not move",
         cause,
@@ -144,10 +165,10 @@ def _why_it_stands(row: Row, held: bool) -> tuple[str, str]:
             "the parameters are frozen: they have a gradient, and no step changes them",
             "check what the optimizer is given (update.learning_rate, its schedule, adapters)",
         )
-    if held:
+    if held or row["update/param_rel_change"] > STEPPING:
         return (
-            f"the KL coefficient is too large: over the answers the penalty varies more "
-            f"({row['reward/penalty_std']:.3g}) than the score ({row['score/std']:.3g})",
+            f"the KL coefficient is too large: steps are made, and the penalty undoes them (over the answers it varies "
+            f"by {row['reward/penalty_std']:.3g}, the score by {row['score/shaped_std']:.3g})",
             f"lower kl.coef, which is {row['kl/coef']:g}",
         )
     return (
@@ -181,7 +202,7 @@ def entropy_collapse(row: Row, first: Row, config: Config) -> Finding | None:
 
 def degenerate_rewards(row: Row, first: Row, config: Config) -> Finding | None:
     at_one_end = max(row["score/at_min_frac"], row["score/at_max_frac"])
-    if at_one_end < 0.9:
+    if at_one_end < 0.9 or config.rollout.batch_size == 1:
         return None
     return Finding(
         f"the reward says nothing: {at_one_end:.0%} of the answers have one and the same score",

@@ -53,6 +53,7 @@ def experience_metrics(
         "score/mean": score,
         "score/std": jnp.sqrt(masking.masked_var(seq_scores, answered)),
         "score/shaped_mean": masking.masked_mean(shaped_scores, answered),
+        "score/shaped_std": jnp.sqrt(masking.masked_var(shaped_scores, answered)),
         "reward/mean": score - kl_coef * seq_kl,
         "response/len_mean_tokens": masking.masked_mean(lengths, answered),
         "response/truncated_frac": jnp.mean(rollout.finish_reason == TRUNCATED, dtype=jnp.float32),

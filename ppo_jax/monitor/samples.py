@@ -7,6 +7,7 @@ import numpy as np
 
 from ppo_jax import jsonl
 from ppo_jax.monitor.sinks import open_from, read_rows
+from ppo_jax.processes import is_lead
 
 FILE = "samples.jsonl"
 
@@ -31,6 +32,12 @@ def append(
             jsonl.line({"step": step, "prompt": prompt, "answer": answer} | numbers)
             for prompt, answer, numbers in zip(prompts, answers, numbers_of(scores, seq_kl, lengths), strict=True)
         )
+
+
+def cut_back(directory: Path, first_step: int) -> None:
+    """Keep what policies of up to `first_step` iterations answered, as a resumed run begins."""
+    if is_lead():
+        open_from(directory / FILE, first_step + 1).close()
 
 
 def numbers_of(scores: np.ndarray, seq_kl: np.ndarray, lengths: np.ndarray) -> list[dict[str, float | int]]:

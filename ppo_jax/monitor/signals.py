@@ -29,7 +29,8 @@ def of_answers(
     rollout: Rollout,
     scored: Scored,
     seq_scores: Float[Array, " B"],
-    kl_coef: Float[Array, ""],
+    shaped_scores: Float[Array, " B"],
+    token_rewards: Float[Array, "B T"],
     *,
     texts: list[str],
 ) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def of_answers(
     """
     tokens, mask = (sharding.read(mesh, x) for x in (rollout.response_tokens, rollout.response_mask))
     return (
-        to_host(distribution_metrics(rollout, scored, seq_scores, kl_coef))
+        to_host(distribution_metrics(rollout, scored, seq_scores, shaped_scores, token_rewards))
         | jax.device_get(histograms(rollout, scored))
         | text_metrics(from_all(texts), tokens, mask)
     )
@@ -47,9 +48,16 @@ def of_answers(
 
 @jax.jit
 def distribution_metrics(
-    rollout: Rollout, scored: Scored, seq_scores: Float[Array, " B"], kl_coef: Float[Array, ""]
+    rollout: Rollout,
+    scored: Scored,
+    seq_scores: Float[Array, " B"],
+    shaped_scores: Float[Array, " B"],
+    token_rewards: Float[Array, "B T"],
 ) -> dict[str, Float[Array, ""]]:
     """Quantiles, extremes and spreads; masked positions and rows without a response token are in none of them.
+
+    The penalty of an answer is what its token rewards lack of its shaped score: in the units of that score, whatever
+    form of the KL is paid, and 0 where all of it is in the loss.
 
     `log_ratio` is log π − log ρ of each sampled token, policy to reference: how the log-probs have moved since the SFT
     model. (That of the optimizer steps within an iteration is watched by `policy/...`, that of rollout and training by
@@ -59,7 +67,7 @@ def distribution_metrics(
     answered = jnp.any(mask, axis=1)
     lengths = masking.masked_count(mask, axis=1, dtype=seq_scores.dtype)
     log_ratio = kl.k1(scored.old_logprobs, scored.ref_logprobs)
-    penalty = kl_coef * masking.masked_sum(log_ratio, mask, axis=1)
+    penalty = shaped_scores - masking.masked_sum(token_rewards, mask, axis=1)
     largest, smallest = masking.masked_max(seq_scores, answered), -masking.masked_max(-seq_scores, answered)
     ref_mean = masking.masked_mean(scored.ref_logprobs, mask)
 

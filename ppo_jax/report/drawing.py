@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 SIZE = 1000
 MARGIN = 0.06  # of the range, above and below
 
-Point = tuple[float, float]
+Point = tuple[float, float]  # (iteration, value)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rule:
 class Mark:
     """Something that happened at an iteration."""
 
-    step: float
+    step: int
     level: str
     text: str
 

@@ -40,13 +40,13 @@ class ReadRun:
     def ends(self, name: str) -> "tuple[float, float] | None":
         """Means of a metric over the first and the last iterations; None where nothing is finite."""
         values = [value for value in self.values(name).values() if math.isfinite(value)]
-        count = self.averaged
+        count = _averaged(len(values))
         return (mean(values[:count]), mean(values[-count:])) if values else None
 
     @property
     def averaged(self) -> int:
-        """How many iterations are averaged at either end: a third, at most 5."""
-        return max(1, min(5, len(self.rows) // 3))
+        """How many iterations are averaged at either end."""
+        return _averaged(len(self.rows))
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Curve:
         steps = sorted(set(values[0]).intersection(*values[1:]))
         at = [(step, [of_run[step] for of_run in values]) for step in steps]
         return [(step, mean(numbers), *_range(numbers)) for step, numbers in at]
+
+
+def _averaged(count: int) -> int:
+    """How many of so many values are averaged at either end: a third, at most 5, so that the ends have none in common.
+    """
+    return max(1, min(5, count // 3))
 
 
 def _range(numbers: list[float]) -> tuple[float, float]:

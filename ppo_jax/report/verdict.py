@@ -114,8 +114,9 @@ def _far(run: ReadRun) -> Iterator[tuple[str, str]]:
     kl, token = run.ends("kl/seq_nats"), run.ends("kl/token_nats")
     if kl is None:
         return
+    finite = [value for value in run.values("kl/seq_nats").values() if math.isfinite(value)]
     budget = run.config.get("run.max_seq_kl_nats")
-    if budget is not None and kl[1] > budget:
+    if budget is not None and finite[-1] > budget:  # a run ends at the first iteration above it
         yield ACT, f"The KL is above its budget of {budget:g} nats (run.max_seq_kl_nats)."
     if token is not None and token[1] > FAR_NATS_PER_TOKEN:
         yield (
@@ -123,9 +124,9 @@ def _far(run: ReadRun) -> Iterator[tuple[str, str]]:
             f"{token[1]:.2f} nats per token is far from the SFT model: read the samples, and raise kl.coef or lower "
             f"the learning rate if they are odd.",
         )
-    count, values = run.averaged, [v for v in run.values("kl/seq_nats").values() if math.isfinite(v)]
-    if len(values) >= 4 * count:
-        middle = sum(values[len(values) // 2 - count : len(values) // 2]) / count
+    count = run.averaged
+    if len(finite) >= 4 * count:
+        middle = sum(finite[len(finite) // 2 - count : len(finite) // 2]) / count
         if kl[1] > 1 and kl[1] > RISING * middle:
             yield WATCH, f"The KL still rises: {middle:.1f} nats half-way, {kl[1]:.1f} at the end."
     change = score_change(run)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import build, config_file, ratings, rollout, sharding
-from ppo_jax.config import Config
+from ppo_jax.config import Config, MeshConfig
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import Params
@@ -59,7 +59,8 @@ def make_pairs(directory: Path, config: Config, count: int, prompts_path: str | 
     versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if prompts_path is None and "prompts" in versions.get("from_python", []):
         raise UserError(f"the prompts of {directory} came from Python; say with --prompts FILE what is to be answered")
-    mesh, sft = sharding.make_mesh(config.mesh), build.open_model(config)
+    # A run of many devices is rated on whatever is here.
+    mesh, sft = sharding.make_mesh(MeshConfig()), build.open_model(config)
     policy = hf_io.open_model(
         str(directory / "policy"), key="RUN", ignored_config_fields=config.model.ignored_config_fields
     )
