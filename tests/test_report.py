@@ -203,6 +203,13 @@ def test_each_failure_has_its_sentence_and_no_other(tmp_path, change, level, wor
     assert words in found.worries[0]
 
 
+@pytest.mark.parametrize("every", [15, 10, 6, 5, 3])
+def test_held_out_prompts_that_rise_as_the_others_are_no_worry_however_few_there_are(tmp_path, every):
+    rows = [metrics(step) for step in range(30)]
+    rows = [row | ({"evaluation/score_mean": row["score/mean"]} if row["step"] % every == 0 else {}) for row in rows]
+    assert said(tmp_path, rows).worries == []
+
+
 def test_a_change_of_the_score_within_its_noise_is_none(tmp_path):
     noisy = [metrics(step, score__mean=0.5 + 0.001 * step, score__std=1.0) for step in range(30)]
     assert (
@@ -216,7 +223,9 @@ def test_a_change_of_the_score_within_its_noise_is_none(tmp_path):
 def test_a_budget_that_is_passed_and_an_alarm_are_in_the_verdict(tmp_path):
     config = {"run": {"max_seq_kl_nats": 3.0, "iterations": 30}, "rollout": {"batch_size": 64}}
     alarms = [{"step": step, "scene": "template sentences", "level": "stop"} for step in (4, 9)]
-    found = said(tmp_path, [metrics(step) for step in range(30)], config=config, alarms=alarms)
+    # Such a run ends at the first row above its budget.
+    rows = [metrics(step, kl__seq_nats=2.5) for step in range(19)] + [metrics(19, kl__seq_nats=3.01)]
+    found = said(tmp_path, rows, config=config, alarms=alarms)
     assert found.level == "act"
     assert found.worries[0].startswith("The KL is above its budget of 3 nats")
     assert found.worries[1] == "Alarm, template sentences: iterations 4 and 9."

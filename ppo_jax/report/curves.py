@@ -3,7 +3,6 @@
 from ppo_jax.monitor.metrics import QUANTILES
 from ppo_jax.report.drawing import Band, Chart, Drawing, Line, Mark, Rule, draw
 from ppo_jax.report.runs import Curve
-from ppo_jax.report.verdict import OF_ALARM
 
 COLORS = 6
 # Metrics of the smaller charts below: name -> title, unit. Those that no run has are left out.
@@ -143,7 +142,7 @@ def _marks(curves: list[Curve]) -> list[Mark]:
     return [
         Mark(
             alarm["step"],
-            level if (level := alarm.get("level")) in OF_ALARM else "warn",  # it becomes the name of a style
+            alarm["level"],
             f"{run.name + ', ' if several else ''}iteration {alarm['step']}: "
             f"{alarm.get('message') or alarm.get('scene')}",
         )

@@ -99,11 +99,16 @@ def read_run(directory: Path) -> ReadRun:
         rows=read_rows(directory / METRICS),
         samples=samples.read(directory),
         answers=answers.read(directory),
-        alarms=read_rows(directory / ALARMS),
+        alarms=[row | {"level": _level(row)} for row in read_rows(directory / ALARMS)],
         config=_flat(_described(directory / CONFIG, yaml.safe_load)),
         versions=_described(directory / VERSIONS, json.loads),
         rated=ratings.read(directory),
     )
+
+
+def _level(alarm: Row) -> str:
+    """One of those that the page has a style for."""
+    return alarm["level"] if alarm.get("level") in ("warn", "act", "stop") else "warn"
 
 
 def _described(file: Path, parse: Any) -> dict[str, Any]:

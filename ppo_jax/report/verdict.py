@@ -154,7 +154,7 @@ def _of_alarms(run: ReadRun) -> Iterator[tuple[str, str]]:
     scenes = dict.fromkeys(str(alarm.get("scene", "alarm")) for alarm in run.alarms)
     for scene in scenes:
         of_scene = [alarm for alarm in run.alarms if str(alarm.get("scene", "alarm")) == scene]
-        level = max((OF_ALARM.get(str(alarm.get("level")), WATCH) for alarm in of_scene), key=LEVELS.index)
+        level = max((OF_ALARM[alarm["level"]] for alarm in of_scene), key=LEVELS.index)
         yield level, f"Alarm, {scene}: {_iterations({alarm['step'] for alarm in of_scene})}."
 
 
