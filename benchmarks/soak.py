@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Phases:
         PhaseClock.phase = watched_phase
         watched(train, "_train", "between")
         watched(train, "answer_fixed_prompts", "fixed prompts")
-        watched(train, "save_model", "export")
+        watched(train, "export_policy", "export")
         watched(MetricsWriter, "write", "metrics")
         watched(Checkpoints, "save", "save")
         watched(Checkpoints, "_complete", "checkpoint", slot=1)
@@ -117,6 +118,8 @@ def start(arguments: list[str], phases: Phases, cache: Path, log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -25,6 +25,7 @@ from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.models.lora import Adapter, first_lora, laid_over, make_adapter
 from ppo_jax.models.peft_io import AdapterDirectory, load_lora, open_adapter
 from ppo_jax.monitor.invariants import digest
+from ppo_jax.monitor.memory import LOADING, shortage_named
 from ppo_jax.monitor.sinks import check_sinks
 from ppo_jax.ops.rewards import first_moments
 from ppo_jax.processes import from_lead
@@ -39,6 +40,7 @@ from ppo_jax.run_directory import (
     check_unchanged,
     check_unused,
     kl_coef_since,
+    model_digest,
     prompts_digest,
     run_directory,
     tokenizer_digest,
@@ -86,7 +88,8 @@ def build(
     """Load and check everything, then make the run directory. Nothing is written before all checks have passed."""
     lock = RunLock(Path(from_lead(lambda: str(run_directory(config, resume=resume)))))
     try:
-        return _build(config, lock, reward=reward, prompts=prompts, resume=resume, allowed_changes=allowed_changes)
+        with shortage_named(config, lambda: LOADING):
+            return _build(config, lock, reward=reward, prompts=prompts, resume=resume, allowed_changes=allowed_changes)
     except BaseException:
         lock.release()
         raise
@@ -107,7 +110,7 @@ def _build(
     from_python = [name for name, given in (("reward", reward), ("prompts", prompts)) if given is not None]
     if resume:
         lock.acquire()
-        check_resumable(directory, from_python)
+        check_resumable(directory, from_python, allowed_changes)
     check_sinks(config.monitor)
     opened_reward = open_reward(config.reward, reward)  # the functions are found before anything large is loaded
     model = open_model(config)
@@ -121,7 +124,9 @@ def _build(
         initial, ref_params = first_policy(config, model, source, adapter, mesh)
         digests = {"reference": digest(ref_params)}
         spec_of_critic, critic = first_critic(config, model, initial, mesh)
+    digests["model"] = model_digest(model.spec, spec_of_critic, sorted(eos_token_ids(config, model)))
     digests |= {"tokenizer": tokenizer_digest(model.tokenizer), "prompts": prompts_digest(loaded_prompts)}
+    digests |= {} if held_out is None else {"held_out": prompts_digest(held_out)}
     optimizer = pick_optimizer(config)
     run = Run(
         config=config,

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ppo_jax import config_file
+from ppo_jax import config_file, misfits
 from ppo_jax.config import Config, NonNegativeFloat, RolloutConfig, known_keys
 from ppo_jax.errors import UserError
 
@@ -61,8 +61,8 @@ def load(file: str | Path | None, overrides: dict[str, Any], *, scored: bool) ->
     return config
 
 
-def _misfits(config: GenerateConfig) -> Iterator[config_file.Misfit]:
-    return (misfit for misfit in config_file.misfits_of(config) if all(key.startswith(READ) for key in misfit[0]))
+def _misfits(config: GenerateConfig) -> Iterator[misfits.Misfit]:
+    return (misfit for misfit in misfits.misfits_of(config) if all(key.startswith(READ) for key in misfit[0]))
 
 
 def is_known(key: str) -> bool:

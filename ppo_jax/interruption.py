@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 log = logging.getLogger("ppo_jax")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+THE_END = b"\0"  # no signal has this number
+
+# What a forked process must do first, of all that is noted at the moment.
+_in_children: list[Callable[[], None]] = []
+os.register_at_fork(after_in_child=lambda: [forget() for forget in reversed(_in_children)])
 
 
 @contextlib.contextmanager
@@ -20,7 +25,8 @@ def noted_signals() -> Iterator[Callable[[], int]]:
     compiled function. The interpreter writes the number of a signal to a pipe at once, and a thread that reads there
     answers it.
 
-    Handlers can only be set by the main thread; in any other, signals do what they did.
+    Handlers can only be set by the main thread; in any other, signals do what they did. A process that is forked
+    meanwhile, as the workers of a reward's pool are, has the handlers from before and no part in this.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -28,7 +34,7 @@ def noted_signals() -> Iterator[Callable[[], int]]:
     received: list[int] = []
 
     def answer_signals() -> None:
-        while number := os.read(reading, 1):
+        while (number := os.read(reading, 1)) != THE_END:
             if number[0] not in SIGNALS:
                 continue
             if received:
@@ -43,12 +49,20 @@ def noted_signals() -> Iterator[Callable[[], int]]:
     thread.start()
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def hand_back(pipe: int) -> None:
+        signal.set_wakeup_fd(pipe)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    _in_children.append(lambda: hand_back(-1))
     try:
         yield lambda: received[0] if received else 0
     finally:
-        signal.set_wakeup_fd(pipe_before)
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        os.close(writing)
+        _in_children.pop()
+        hand_back(pipe_before)
+        os.set_blocking(writing, True)
+        os.write(writing, THE_END)
         thread.join()
+        os.close(writing)
         os.close(reading)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,15 @@ log = logging.getLogger("ppo_jax")
 def line(row: dict[str, Any]) -> str:
     """One line of such a file, its end included. What UTF-8 cannot hold (half of a surrogate pair) stays escaped."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn what a full or lost disk says while a file is written into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def read(file: Path, **fields: type) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from ppo_jax.config import (
     Settings,
     SinksConfig,
 )
-from ppo_jax.config_file import Misfit, load_kind
+from ppo_jax.config_file import load_kind
+from ppo_jax.misfits import Misfit
 
 
 class RunConfig(Section, frozen=True):

@@ -57,10 +57,17 @@ def kl_coef_since(directory: Path, config: Config, step: int) -> int:
     return _description(directory).get("kl_coef_since", 0)
 
 
-def check_resumable(directory: Path, from_python: list[str]) -> None:
-    """What can be refused before the model loads: no checkpoint, or a reward or prompts that only Python can give."""
+def check_resumable(directory: Path, from_python: list[str], allowed: Collection[str]) -> None:
+    """What can be refused before the model loads: no checkpoint; a reward or prompts that only Python can give, or that
+    it gives in place of the configured ones."""
     checkpoint.check_saved(directory / "checkpoints")
-    missing = sorted(set(_description(directory).get("from_python", [])) - set(from_python))
+    before = set(_description(directory).get("from_python", []))
+    missing, new = sorted(before - set(from_python)), sorted(set(from_python) - before - set(allowed))
+    if new:
+        raise UserError(
+            f"--resume: {' and '.join(new)} of {directory} came from its configuration, not from Python; "
+            f"allow_change={new} replaces what it began with"
+        )
     if missing:
         raise UserError(
             f"--resume: {' and '.join(missing)} of {directory} came from Python; continue it with "
@@ -71,8 +78,10 @@ def check_resumable(directory: Path, from_python: list[str]) -> None:
 # What a continued run must find as it was, whatever its configuration says, and what another one would do.
 CONSEQUENCES = {
     "reference": "the model at model.path is not the one it began with: the reference would change",
+    "model": "its configuration is read differently: the same weights would compute something else, or end elsewhere",
     "tokenizer": "the tokenizer is not the one it began with: tokens would mean something else",
     "prompts": "the prompts are not those it began with: the coming iterations would be others",
+    "held_out": "the held-out prompts are not those it began with: evaluations could not be compared",
 }
 
 
@@ -89,6 +98,11 @@ def check_unchanged(directory: Path, digests: dict[str, str], allowed: Collectio
             f"--resume: {directory} does not find what it needs:\n{''.join(changed)}Bring it back, or allow each by "
             f"its name (--allow_change {changed[0].split(':')[0].strip()})"
         )
+
+
+def model_digest(*read: Any) -> str:
+    """Of what was read of the configuration of a model: its spec, and which tokens end an answer."""
+    return _digest(map(repr, read))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

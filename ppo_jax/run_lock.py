@@ -14,6 +14,10 @@ FILE = "lock"
 
 log = logging.getLogger("ppo_jax")
 
+# A forked process, such as a worker of a reward's pool, must not keep the lock of a run that has died.
+_held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.release() for lock in list(_held)])
+
 
 class RunLock:
     """`flock` on the file `lock` of a run directory, held by process 0 of a run; a context manager.
@@ -37,7 +41,8 @@ class RunLock:
             descriptor = os.open(self.directory / FILE, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"run.dir: {self.directory} cannot be written: {error.strerror}") from error
-        self._close = weakref.finalize(self, os.close, descriptor)  # closing it releases the lock
+        self._close = weakref.finalize(self, os.close, descriptor)  # closing it in every process releases the lock
+        _held.add(self)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -26,10 +26,10 @@ from ppo_jax import evaluation, rollout, scoring, sharding, update
 from ppo_jax.build import Run, tokenizer_texts
 from ppo_jax.checkpoint import Checkpoints, saved_steps
 from ppo_jax.config import Config
-from ppo_jax.config_file import warnings_of
 from ppo_jax.ending import limit_reached, save_on_failure, stop_if_not_finite, stop_if_told
 from ppo_jax.export import export_policy
 from ppo_jax.interruption import noted_signals
+from ppo_jax.misfits import warnings_of
 from ppo_jax.models.critic import split_critic
 from ppo_jax.monitor import alarms, invariants, metrics, not_finite, samples, signals
 from ppo_jax.monitor import answers as kept_answers
@@ -112,9 +112,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             answers, scored, seq_scores, state.kl_coef, shaped_scores=shaped_scores, returns=returns
         )
         observed = metrics.to_host(measured)
-        observed |= signals.of_answers(
-            run.mesh, answers, scored, seq_scores, shaped_scores, token_rewards, texts=texts
-        )
+        observed |= signals.of_answers(run.mesh, answers, scored, seq_scores, shaped_scores, token_rewards, texts=texts)
         if len(named_scores) > 1:
             observed |= metrics.to_host(metrics.named_score_means(answers.response_mask, named_scores))
     if step == 0:
@@ -183,18 +181,21 @@ def train(run: Run, state: TrainState) -> RunResult:
 
     On SIGTERM or Ctrl-C the iteration is finished and saved, and SystemExit raised with 128 + the signal's number.
     """
-    keep, keep_best = run.config.checkpoint.keep, run.config.checkpoint.keep_best
+    keep, keep_best, clock = run.config.checkpoint.keep, run.config.checkpoint.keep_best, PhaseClock()
     with (
         run.lock,
         Checkpoints(run.directory / "checkpoints", keep=keep, keep_best=keep_best) as checkpoints,
         noted_signals() as signal_so_far,
+        shortage_named(run.config, lambda: clock.last_phase),
     ):
-        return _train(run, state, checkpoints, signal_so_far)
+        return _train(run, state, checkpoints, clock, signal_so_far)
 
 
-def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far: Callable[[], int]) -> RunResult:
+def _train(
+    run: Run, state: TrainState, checkpoints: Checkpoints, clock: PhaseClock, signal_so_far: Callable[[], int]
+) -> RunResult:
     config, first_step = run.config, int(state.step)
-    stop_reason, clock = f"all {config.run.iterations} iterations are done", PhaseClock()
+    stop_reason = f"all {config.run.iterations} iterations are done"
     with (
         jax.set_mesh(run.mesh),
         View(config.run.iterations, first_step, live=config.monitor.live) as view,
@@ -212,25 +213,33 @@ def _train(run: Run, state: TrainState, checkpoints: Checkpoints, signal_so_far:
         if first_step > 0 and not alarms.has_baseline(rows):
             warn(["alarms are off: metrics.jsonl does not begin with a row of iteration 0 that has all their numbers"])
         for step in range(first_step, config.run.iterations):
-            with save_on_failure(run, state, checkpoints), shortage_named(config, clock):
+            with save_on_failure(run, state, checkpoints):
                 if is_due(step, config.monitor.sample_every) or step == config.run.iterations // 2:
-                    answer_fixed_prompts(run, state)
+                    with clock.phase("fixed prompts"):
+                        answer_fixed_prompts(run, state)
                 clock.restart()
                 next_state, numbers = ppo_iteration(run, state, clock)
             state = next_state
             found_digest = invariants.digest(run.ref_params)
             numbers["reference/moved"] = float(found_digest != reference_digest)
+            failed = None
             if is_due(step + 1, config.monitor.evaluate_every):
-                with save_on_failure(run, state, checkpoints):
-                    numbers |= evaluate(state)
+                try:
+                    with clock.phase("evaluation"):
+                        numbers |= evaluate(state)
+                except Exception as error:
+                    failed = error  # the iteration is finished all the same: first its row is written
             rows.append({"step": step} | metrics.scalars(numbers))
             raised = alarms.raised(rows, heard, config, saved_steps(checkpoints.directory))
             heard |= {alarm.scene: alarm.since for alarm in raised}
             checkpoints.suspected_since = alarms.suspected_since(rows, heard, config)
-            writer.write(step, numbers, raised)
+            state = alarms.act(raised, state, score_std=max(row["score/shaped_std"] for row in (rows[0], rows[-1])))
+            with save_on_failure(run, state, checkpoints):
+                writer.write(step, numbers, raised)
+                if failed is not None:
+                    raise failed
             view.iteration(step, numbers, raised)
             invariants.assert_same_digest(found_digest, reference_digest)
-            state = alarms.act(raised, state, score_std=max(row["score/shaped_std"] for row in (rows[0], rows[-1])))
             checkpoints.rewards[step] = numbers["reward/mean"]
             if is_due(step + 1, config.checkpoint.save_every):
                 checkpoints.save(state)

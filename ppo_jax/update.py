@@ -370,7 +370,7 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
     for name in steps[0]:
         values = [step[name] for step in steps]
         if name.endswith("_max"):
-            summary[name] = max(values)
+            summary[name] = float(np.max(values))  # which does not hide a NaN, as max() may
         elif name in ("update/param_rel_change", "update/skipped_steps"):
             summary[name] = sum(values)
         else:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import get_args
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ppo_jax import checkpoint
@@ -181,18 +180,18 @@ def test_a_batch_of_one_answer_has_its_score_at_both_ends_and_that_says_nothing(
 
 
 def test_detectors_read_no_more_of_the_first_row_than_what_makes_a_baseline():
-    class Recorded(dict):
-        read = set()
+    names = set()
 
+    class Recorded(dict):
         def __getitem__(self, name):
-            self.read.add(name)
+            names.add(name)
             return super().__getitem__(name)
 
     first = Recorded(healthy(0))
     for changes, _ in FAILURES.values():
         for detector in DETECTORS.values():
             detector(healthy(9) | changes, first, CONFIG)
-    assert Recorded.read == BASELINE
+    assert names == BASELINE
 
 
 def test_without_the_first_models_own_row_there_are_no_alarms():

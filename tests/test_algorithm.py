@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ppo_jax import algorithm, build, scoring, update
-from ppo_jax.config_file import load, warnings_of
+from ppo_jax.config_file import load
+from ppo_jax.misfits import warnings_of
 from ppo_jax.models.critic import split_critic
 from ppo_jax.ops import kl
 from ppo_jax.records import EOS, TRUNCATED, Rollout, Scored

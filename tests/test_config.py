@@ -10,8 +10,9 @@ from ppo_jax import config as configuration
 from ppo_jax import reward_model_config
 from ppo_jax.cli import help_text, parse_overrides
 from ppo_jax.config import Config, known_keys
-from ppo_jax.config_file import load, warnings_of
+from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
+from ppo_jax.misfits import warnings_of
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # The first part of a module's name inside of ppo_jax and its level; a new one must be given a level here.
 LEVELS = {
-    "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "generate_config": 0,
+    "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "generate_config": 0, "misfits": 0,
     "reward_model_config": 0, "tracing": 0, "compilation_cache": 0, "resumed": 0, "assets": 0,
     "shown_text": 0,
     "jsonl": 1, "ops": 1, "processes": 1, "interruption": 1, "prompt_files": 1, "prompt_forms": 1, "answer_file": 1,
@@ -29,6 +29,10 @@ SAME_LEVEL = {
     ("build", "run_directory"),
     ("config_file", "config"),
     ("config_file", "errors"),
+    ("config_file", "misfits"),
+    ("misfits", "config"),
+    ("generate_config", "misfits"),
+    ("reward_model_config", "misfits"),
     ("generate_config", "config"),
     ("generate_config", "config_file"),
     ("generate_config", "errors"),

@@ -61,13 +61,12 @@ def has_baseline(rows: Sequence[Row]) -> bool:
     return bool(rows) and rows[0]["step"] == 0 and rows[0].keys() >= BASELINE
 
 
-def raised(
-    rows: Sequence[Row], heard: Mapping[str, int], config: Config, saved: Mapping[int, Path]
-) -> list[Alarm]:
+def raised(rows: Sequence[Row], heard: Mapping[str, int], config: Config, saved: Mapping[int, Path]) -> list[Alarm]:
     """The alarms of the last of a run's rows, given from the first one on.
 
-    `heard` are the scenes that raised an alarm before, see `read`; `saved` the checkpoints by their step. A scene raises its alarm when it has lasted for `alarms.patience` rows,
-    and again at twice that, four times that and so on, for as long as it lasts. Without a baseline there is no alarm.
+    `heard` are the scenes that raised an alarm before, see `read`; `saved` the checkpoints by their step. A scene
+    raises its alarm when it has lasted for `alarms.patience` rows, and again at twice that, four times that and so on,
+    for as long as it lasts. Without a baseline there is no alarm.
     """
     found = []
     if not has_baseline(rows):

@@ -42,7 +42,7 @@ def append(
         {"step": step, "why": why, "prompt": prompts[i], "answer": texts[i]} | numbers[i]
         for i, why in pick(step, scores, seq_kl, lengths, seed=seed).items()
     ]
-    with (directory / FILE).open("a", encoding="utf-8") as file:
+    with jsonl.writing(directory / FILE), (directory / FILE).open("a", encoding="utf-8") as file:
         file.write("".join(map(jsonl.line, rows)))
         file.flush()
         os.fsync(file.fileno())

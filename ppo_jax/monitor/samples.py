@@ -27,7 +27,7 @@ def append(
     One of each per prompt: scores as the reward source gives them, the exact KL to the reference in nats, and lengths
     in tokens.
     """
-    with open_from(directory / FILE, step) as file:
+    with jsonl.writing(directory / FILE), open_from(directory / FILE, step) as file:
         file.writelines(
             jsonl.line({"step": step, "prompt": prompt, "answer": answer} | numbers)
             for prompt, answer, numbers in zip(prompts, answers, numbers_of(scores, seq_kl, lengths), strict=True)

@@ -47,9 +47,10 @@ class MetricsWriter:
         # An alarm before its row, so that no row is without its alarm; and no row is lost whose checkpoint is not.
         for file, lines in ((self._alarms, [asdict(alarm) for alarm in alarms]), (self._file, [{"step": step} | row])):
             if file is not None and lines:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
+                with jsonl.writing(Path(file.name)):
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                    file.flush()
+                    os.fsync(file.fileno())
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -65,8 +65,7 @@ class Curve:
 
 
 def _averaged(count: int) -> int:
-    """How many of so many values are averaged at either end: a third, at most 5, so that the ends have none in common.
-    """
+    """How many of so many values are averaged at either end: a third, at most 5; the ends have none in common."""
     return max(1, min(5, count // 3))
 
 
