@@ -12,9 +12,26 @@ log = logging.getLogger("ppo_jax")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 THE_END = b"\0"  # no signal has this number
 
-# What a forked process must do first, of all that is noted at the moment.
+# What a forked process must do first, of all that is noted at the moment; until then no signal may reach it.
 _in_children: list[Callable[[], None]] = []
-os.register_at_fork(after_in_child=lambda: [forget() for forget in reversed(_in_children)])
+_forking = threading.local()
+
+
+def _hold_signals() -> None:
+    _forking.mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_signals_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask_before)
+
+
+def _begin_as_child() -> None:
+    for forget in reversed(_in_children):
+        forget()
+    _let_signals_through()
+
+
+os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_through, after_in_child=_begin_as_child)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -101,8 +102,11 @@ def check_unchanged(directory: Path, digests: dict[str, str], allowed: Collectio
 
 
 def model_digest(*read: Any) -> str:
-    """Of what was read of the configuration of a model: its spec, and which tokens end an answer."""
-    return _digest(map(repr, read))
+    """Of what was read of the configuration of a model: its spec, and which tokens end an answer.
+
+    Numbers count to six digits: the last bits of a power, of which rope has many, depend on the machine.
+    """
+    return _digest(re.sub(r"\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.6g}", repr(x)) for x in read)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

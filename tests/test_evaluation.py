@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import ppo_jax
-from ppo_jax import build, train
+from ppo_jax import build, checkpoint, train
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
+from ppo_jax.monitor.sinks import read_rows
 from tests.tiny import PROMPTS
 
 SMALL = {
@@ -105,6 +106,26 @@ def test_a_resumed_run_evaluates_against_the_same_sft_answers(judged, tiny_model
     run(tiny_model, file, tmp_path / "run", Judge(), **{"run.iterations": 2, "checkpoint.save_every": 2})
     resumed = ppo_jax.fine_tune({"run.iterations": 4}, reward=Judge(), resume=tmp_path / "run")
     assert evaluations(resumed) == evaluations(judged[0])[2:]
+
+
+def test_an_evaluation_that_fails_costs_neither_its_iteration_nor_its_row(judged, tiny_model, file, tmp_path):
+    calls = []
+
+    async def fails_on_the_second_evaluation(prompts, answers, columns):
+        calls.append(len(prompts))
+        if calls.count(9) == 3:  # of the SFT model, after two iterations, after four
+            raise TimeoutError("the service is gone")
+        return await Judge()(prompts, answers, columns)
+
+    with pytest.raises(UserError, match="the service is gone"):
+        run(tiny_model, file, tmp_path / "run", fails_on_the_second_evaluation)
+    whole = judged[0].metrics
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    missing = {name for name in whole[3] if name.startswith("evaluation/")}
+    assert missing
+    assert rows[3].keys() == whole[3].keys() - missing
+    assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [4]
 
 
 def test_answers_are_scored_while_the_device_computes_the_kl(tiny_model, file, tmp_path, monkeypatch):

@@ -295,6 +295,42 @@ def test_signals_do_again_what_they_did_when_the_run_is_over():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from ppo_jax.interruption import noted_signals
+from ppo_jax.run_lock import RunLock
+
+def worker():
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    return child
+
+with RunLock(Path(sys.argv[1])), noted_signals() as signal_so_far:
+    print(worker(), flush=True)  # outlives all
+    other = worker()
+    os.kill(other, signal.SIGTERM)  # as a pool does with its workers
+    code = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+    time.sleep(0.2)
+    print("the other ended with %d, heard %d" % (code, signal_so_far()), flush=True)
+    if len(sys.argv) > 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_workers_that_a_reward_forks_get_their_own_signals_and_keep_no_lock(tmp_path, killed):
+    with python("-c", FORKS, tmp_path / "run", *(["die"] if killed else [])) as process:
+        worker = int(process.stdout.readline())
+        try:
+            assert process.stdout.readline() == "the other ended with -15, heard 0\n"
+            assert process.wait(timeout=60) == (-signal.SIGKILL if killed else 0)
+            RunLock(tmp_path / "run").acquire()  # although the worker lives
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
 REWARDS = """
 import time
 

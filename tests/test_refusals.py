@@ -17,7 +17,7 @@ from ppo_jax import build, checkpoint, processes, scoring
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
-from ppo_jax.monitor.sinks import read_rows
+from ppo_jax.monitor.sinks import MetricsWriter, read_rows
 from tests.test_train import run, vowel_share
 
 
@@ -59,6 +59,28 @@ def test_memory_that_runs_out_is_told_with_phase_and_shape_and_costs_no_iteratio
         run(tiny_model, tmp_path / "run", monitor__sample_every=0)
     assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [2]
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+
+
+def test_memory_that_runs_out_while_a_model_loads_is_told(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "first_critic", lambda *_: jnp.zeros(2**45))
+    with pytest.raises(UserError, match=r"phase loading: .*Lower what is kept: weights, their moments and the ref"):
+        run(tiny_model, tmp_path / "run")
+
+
+def test_a_full_disk_under_the_metrics_names_them_and_saves_what_can_be_saved(tiny_model, tmp_path, monkeypatch):
+    write, calls = MetricsWriter.write, []
+
+    def full_at_last(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            self._file.close()
+            self._file = open("/dev/full", "a")  # noqa: SIM115
+        write(self, *arguments)
+
+    monkeypatch.setattr(MetricsWriter, "write", full_at_last)
+    with pytest.raises(UserError, match=r"/dev/full cannot be written: No space left"):
+        run(tiny_model, tmp_path / "run", monitor__sample_every=0)
+    assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [3]
 
 
 def test_a_failure_that_is_none_of_memory_is_left_as_it_is(tiny_model, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,13 @@ from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.prompts import Prompts
 from ppo_jax.resumed import load_resumed
-from ppo_jax.run_directory import check_unchanged, prompts_digest, tokenizer_digest, write_description
+from ppo_jax.run_directory import (
+    check_unchanged,
+    model_digest,
+    prompts_digest,
+    tokenizer_digest,
+    write_description,
+)
 
 DIGESTS = {"reference": "aa", "tokenizer": "bb", "prompts": "cc"}
 
@@ -81,6 +88,7 @@ def test_a_run_that_was_killed_while_it_began_is_compared_with_its_configuration
 
 def test_another_model_tokenizer_or_other_prompts_are_all_named_and_allowed_by_name(begun):
     check_unchanged(begun, DIGESTS, ())
+    check_unchanged(begun, DIGESTS | {"held_out": "not known of an older run"}, ())
     others = {"reference": "aa", "tokenizer": "xx", "prompts": "yy"}
     with pytest.raises(UserError, match=r"(?s)tokenizer: .*digest xx, expected bb.*prompts: .*yy, expected cc"):
         check_unchanged(begun, others, ())
@@ -89,6 +97,20 @@ def test_another_model_tokenizer_or_other_prompts_are_all_named_and_allowed_by_n
     check_unchanged(begun, others, ["tokenizer", "prompts"])
     with pytest.raises(UserError, match="the reference would change"):
         check_unchanged(begun, DIGESTS | {"reference": "xx"}, ["prompts"])
+
+
+def test_what_is_read_of_a_models_configuration_changes_its_digest(tiny):
+    """With the same weights another θ computes something else, and another EOS ends elsewhere."""
+    spec = tiny.model.spec
+
+    def scaled(by):
+        return replace(spec, layers=tuple(replace(x, attention_scale=by * x.attention_scale) for x in spec.layers))
+
+    other, same = scaled(1.01), scaled(1 + 2**-52)
+    digests = [model_digest(*read) for read in ((spec, [1]), (spec, [1, 5]), (other, [1]), (same, [1]))]
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
+    assert not re.search("0x|numpy|array", repr(spec))  # no address, and nothing that is printed in part
 
 
 def test_every_difference_of_prompts_changes_their_digest():

@@ -232,6 +232,37 @@ def test_resuming_refuses_what_would_change_the_meaning(tiny_model, tmp_path):
     assert ppo_jax.fine_tune(**others, allow_change=["prompts"]).metrics == []
 
 
+def test_a_function_does_not_replace_the_configured_reward_of_a_resumed_run_unasked(tiny_model, tmp_path):
+    settings = SMALL | {"model.path": str(tiny_model), "run.dir": str(tmp_path / "run"), "run.iterations": 1}
+    ppo_jax.fine_tune(settings | {"checkpoint.save_every": 1}, prompts=PROMPTS)
+    resumed = {"prompts": PROMPTS, "resume": tmp_path / "run"}
+    with pytest.raises(UserError, match=r"reward of .* came from its configuration, not from Python"):
+        ppo_jax.fine_tune(reward=vowel_share, **resumed)
+    assert ppo_jax.fine_tune(reward=vowel_share, **resumed, allow_change=["reward"]).metrics == []
+
+
+def test_a_coefficient_that_is_changed_at_a_resume_is_used_from_there_on(tiny_model, tmp_path):
+    """Also when the run is killed before the next checkpoint, and not once more where a later one has its own."""
+    directory = tmp_path / "run"
+    run(tiny_model, directory, run__iterations=2, checkpoint__save_every=2)
+    changed = {"run.iterations": 4, "kl.coef": 1.0}
+
+    def killed(prompts, answers):
+        raise KeyboardInterrupt
+
+    resume = {"prompts": PROMPTS, "resume": directory}
+    with pytest.raises(KeyboardInterrupt):
+        ppo_jax.fine_tune(changed | {"checkpoint.save_every": 0}, reward=killed, allow_change=["kl.coef"], **resume)
+    rows = run(tiny_model, None, resume=directory, **{"run.iterations": 3, "checkpoint.save_every": 1}).metrics
+    assert [row["kl/coef"] for row in rows] == [1.0]
+    steered = {"run.iterations": 4, "kl.target_nats": 1e-3, "kl.horizon": 1.0}
+    allow = ["kl.target_nats", "kl.horizon", "run.iterations"]
+    state = ppo_jax.fine_tune(steered, reward=vowel_share, allow_change=allow, **resume).state
+    assert float(state.kl_coef) > 1.0
+    again = run(tiny_model, None, resume=directory, **{"run.iterations": 5}).metrics
+    assert [row["kl/coef"] for row in again] == [float(state.kl_coef)]
+
+
 def test_a_resumed_run_keeps_its_reward_its_reference_and_its_schedule(tiny_model, tmp_path):
     model = make_model(tmp_path / "model")
     directory = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Where metrics and alarms are written: JSONL always, TensorBoard and Weights & Biases when asked for."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -68,7 +69,8 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         for file in (self._file, self._alarms):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # of a full disk, on which `write` has failed already
+                    file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
