@@ -201,13 +201,17 @@ def encode(pair: Pair, answer: str, tokenizer: PreTrainedTokenizerBase, *, chat_
 
 
 def messages_of(prompt: str, answer: str) -> list[Message]:
-    """The turns of a dialogue, or prompt and answer as one turn of user and assistant."""
+    """The turns of a dialogue, or prompt and answer as one turn of user and assistant.
+
+    An answer behind a turn of "Assistant" goes on with it, as it does in the text; behind one of "Human" it is the next.
+    """
     if not prompt:
         raise ValueError("has no prompt that both sides share, which data.chat_template needs")
     parts = TURNS.split(prompt)
     if len(parts) == 1 or parts[0]:
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    turns = list(zip(parts[1::2], [*parts[2:-1:2], answer], strict=True))
+    *turns, (who, said) = zip(parts[1::2], parts[2::2], strict=True)
+    turns += [("Assistant", said + answer)] if who == "Assistant" else [(who, said), ("Assistant", answer)]
     return [{"role": ROLES[who], "content": said.strip()} for who, said in turns]
 
 

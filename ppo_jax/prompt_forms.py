@@ -98,11 +98,21 @@ def _conversation(values: dict[str, Any], config: PromptsConfig) -> Prompt:
     columns = _without(values, column)
     if taken := {REFERENCE, MESSAGES} & set(columns):
         raise ValueError(f"has a column {taken.pop()!r}, which is what the form messages makes; give it another name")
+    return Prompt(text_of(messages), messages, columns | {MESSAGES: messages, REFERENCE: reference})
+
+
+def text_of(messages: list[Message]) -> str:
+    """A conversation as one text: its roles are named where there are several turns."""
     if len(messages) == 1:
-        text = messages[0]["content"]
-    else:
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return Prompt(text, messages, columns | {MESSAGES: messages, REFERENCE: reference})
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def is_conversation(value: Any, text: str) -> bool:
+    """Whether a value of the column `messages` is what the form messages read `text` from, and no column of the user's
+    own that happens to have that name."""
+    said = isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+    return said and bool(value) and text_of(value) == text
 
 
 def _message(turn: Any, number: int) -> Message:

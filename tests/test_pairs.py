@@ -2,15 +2,19 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ppo_jax.config import PromptsConfig, RewardConfig
 from ppo_jax.errors import UserError
 from ppo_jax.pairs import Pair, cut_alike, encode, load_pairs, load_split, messages_of, read_pair
+from ppo_jax.prompt_forms import read_prompt
 from ppo_jax.reward_model_config import DataConfig
+from ppo_jax.rewards.classifier import RewardModel
 from tests.tiny import make_tokenizer
 
 HEAD = "\n\nHuman: is it good?\n\nAssistant: what?\n\nHuman: the soup\n\nAssistant:"
@@ -64,6 +68,10 @@ def test_texts_without_a_common_prompt_stay_whole(chosen, rejected):
 def test_a_dialogue_becomes_the_turns_of_a_chat_template():
     expected = [("user", "is it good?"), ("assistant", "what?"), ("user", "the soup"), ("assistant", "yes")]
     assert [(turn["role"], turn["content"]) for turn in messages_of(HEAD, " yes")] == expected
+    asked = {"role": "user", "content": "hi"}
+    assert messages_of("\n\nHuman: hi", "answer") == [asked, {"role": "assistant", "content": "answer"}]
+    begun = messages_of("\n\nHuman: hi\n\nAssistant: Well,", " yes")
+    assert begun == [asked, {"role": "assistant", "content": "Well, yes"}]
     plain = messages_of("Review of soup:", " good")
     assert plain == [{"role": "user", "content": "Review of soup:"}, {"role": "assistant", "content": " good"}]
     with pytest.raises(ValueError, match="no prompt that both sides share"):
@@ -221,16 +229,32 @@ def test_a_file_of_which_nothing_is_left_to_train_on_is_refused(write, tokenizer
         of_split(write(rows_of(5)), tokenizer, evaluation_pairs=10)
 
 
-def test_the_reward_of_a_run_reads_the_tokens_that_were_trained_on(tokenizer):
-    from ppo_jax.config import RewardConfig
-    from ppo_jax.rewards.classifier import RewardModel
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize(
+    "prompt", ["the soup:", "\n\nHuman: the soup\n\nAssistant:", HEAD, HEAD + " Well,", "\n\nHuman: the soup"]
+)
+def test_the_reward_of_a_run_reads_the_tokens_that_were_trained_on(tokenizer, prompt, template):
+    reading = Reading(tokenizer, template)
+    for answer in (" good", " good\n\nHuman:"):
+        trained = encode(Pair(prompt, answer, "", 0.0), answer, tokenizer, chat_template=template)
+        assert RewardModel.encode(reading, prompt, answer) == trained
 
-    class Model:
-        spec = type("Spec", (), {"max_positions": 1000, "vocab_size": 1000})
-        path = "x"
 
-    Model.tokenizer = tokenizer
-    for template in (False, True):
-        reading = type("Reading", (), {"model": Model, "config": RewardConfig(model="x", model_chat_template=template)})
-        expected = RewardModel.encode(reading, "the soup:", " good")
-        assert encode(Pair("the soup:", " good", "", 0.0), " good", tokenizer, chat_template=template) == expected
+class Reading:
+    """What `RewardModel.encode` reads of itself."""
+
+    def __init__(self, tokenizer, template):
+        spec = SimpleNamespace(max_positions=1000, vocab_size=1000)
+        self.model = SimpleNamespace(spec=spec, path="x", tokenizer=tokenizer)
+        self.config = RewardConfig(model="x", model_chat_template=template)
+
+
+def test_a_conversation_is_scored_by_its_own_messages_and_another_column_of_that_name_is_not_read(tokenizer):
+    turns = [{"role": "system", "content": "be nice"}, {"role": "user", "content": "is it good?"}]
+    prompt = read_prompt({"messages": turns}, PromptsConfig(form="messages"))
+    reading = Reading(tokenizer, True)
+    expected = tokenizer("[system]be nice\n[user]is it good?\n[assistant] yes\n")["input_ids"]
+    assert RewardModel.encode(reading, prompt.text, " yes", prompt.columns["messages"]) == expected
+    own = tokenizer("[user]the soup\n[assistant] yes\n")["input_ids"]
+    for column in (None, "text", [], [3], turns, [*turns, {"role": "assistant"}]):
+        assert RewardModel.encode(reading, "the soup", " yes", column) == own
