@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,14 @@ class Pair:
 class Pairs:
     """Pairs as token rows: `chosen[i]` and `rejected[i]`, with the margin `margins[i]`.
 
-    `groups[i]` is the same for pairs that must not be parted between training and held out: those of one prompt.
+    `keys[i]` are digests of what its texts begin with, or are (`keys_of`). `groups[i]` is the same for pairs that must
+    not be parted between training and held out: those that a key joins, or a chain of keys.
     """
 
     chosen: list[list[int]]
     rejected: list[list[int]]
     margins: list[float]
+    keys: list[tuple[str, ...]]
     groups: list[str]
 
     def __len__(self) -> int:
@@ -60,27 +62,24 @@ class Pairs:
 
 
 def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pairs, Pairs]:
-    """(training, held out): no prompt is among both. Which pairs are which depends on their texts alone.
+    """(training, held out): no prompt and no token row is among both. Which pairs are which depends on their texts alone.
 
     Pairs are taken in the order of their prompts' digests: neither the order of the file nor a seed changes who is held
     out, and more rows move few of them.
     """
     if config.path is None:
         raise UserError("data.path: a file or data set of preference pairs must be given")
-    pairs = _by_digest(load_pairs(config, tokenizer, path=config.path, split=config.split, key="data.path"))
+    pairs = load_pairs(config, tokenizer, path=config.path, split=config.split, key="data.path")
     if config.evaluation_path is None:
+        pairs = _by_digest(pairs)
         held_out = _first(pairs, config.evaluation_pairs)
     else:
         source, split = config.evaluation_path, config.evaluation_split
         others = load_pairs(config, tokenizer, path=source, split=split, key="data.evaluation_path")
-        held_out = _first(_by_digest(others), config.evaluation_pairs)
-    seen = set(held_out.groups)
-    training = pairs.at([i for i, group in enumerate(pairs.groups) if group not in seen])
-    if config.evaluation_path is not None and len(training) < len(pairs):
-        log.warning(
-            "warning: %d of the %d pairs of %s have a prompt that is held out too, and are not trained on",
-            *(len(pairs) - len(training), len(pairs), config.path),
-        )
+        groups = groups_of([*pairs.keys, *others.keys])
+        pairs = _by_digest(replace(pairs, groups=groups[: len(pairs)]))
+        held_out = _first(_by_digest(replace(others, groups=groups[len(pairs) :])), config.evaluation_pairs)
+    training = _without_held_out(pairs, held_out, config)
     if not len(training):
         raise UserError(
             f"data.evaluation_pairs ({config.evaluation_pairs}): nothing is left to train on of the {len(pairs)} pairs "
@@ -89,6 +88,24 @@ def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return training if config.train_pairs is None else training.at(
         range(min(config.train_pairs, len(training)))
     ), held_out
+
+
+def _without_held_out(pairs: Pairs, held_out: Pairs, config: DataConfig) -> Pairs:
+    """The pairs of other groups, none with a row that is held out: cut ones can be equal where their texts are not."""
+    groups, rows = set(held_out.groups), set(map(tuple, [*held_out.chosen, *held_out.rejected]))
+    others = [i for i, group in enumerate(pairs.groups) if group not in groups]
+    kept = [i for i in others if rows.isdisjoint({tuple(pairs.chosen[i]), tuple(pairs.rejected[i])})]
+    if config.evaluation_path is not None and len(others) < len(pairs):
+        log.warning(
+            "warning: %d of the %d pairs of %s have a prompt that is held out too, and are not trained on",
+            *(len(pairs) - len(others), len(pairs), config.path),
+        )
+    if len(kept) < len(others):
+        log.warning(
+            "warning: %d pairs of %s, once cut to %d tokens, have a text that is held out too, and are not trained on",
+            *(len(others) - len(kept), config.path, config.max_tokens),
+        )
+    return pairs.at(kept)
 
 
 def _by_digest(pairs: Pairs) -> Pairs:
@@ -125,7 +142,7 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, path: 
             continue
         lost = [len(tokens) - len(rest) for tokens, rest in zip(whole, (chosen, rejected), strict=True)]
         cut, cut_apart = cut + any(lost), cut_apart + (lost[0] != lost[1])
-        kept.append((chosen, rejected, pair.margin, group_of(pair)))
+        kept.append((chosen, rejected, pair.margin, keys_of(pair)))
     if problems and config.unusable == "error":
         refuse(f"{key}: pairs cannot be used (data.unusable: skip leaves them out)", problems)
     if not kept:
@@ -134,7 +151,8 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, path: 
         "%s: %d pairs, %d more are unusable; %d longer than %d tokens are cut, %d of them into an answer",
         *(path, len(kept), len(problems), cut, config.max_tokens, cut_apart),
     )
-    return Pairs(*map(list, zip(*kept, strict=True)))
+    rows = list(map(list, zip(*kept, strict=True)))
+    return Pairs(*rows, groups_of(rows[-1]))
 
 
 def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
@@ -178,10 +196,27 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def group_of(pair: Pair) -> str:
-    """Digest of the prompt, or of both texts where they share none."""
-    named = [pair.prompt] if pair.prompt else [pair.chosen, pair.rejected]
-    return hashlib.sha256(repr(named).encode()).hexdigest()
+def keys_of(pair: Pair) -> tuple[str, ...]:
+    """Digests of the prompt, or where both sides share none, of each text and of the dialogue before its answer."""
+    heads = (_split_dialogue(text)[0] for text in (pair.chosen, pair.rejected))
+    named = [pair.prompt] if pair.prompt else [pair.chosen, pair.rejected, *filter(None, heads)]
+    return tuple(hashlib.sha256(repr([text]).encode()).hexdigest() for text in named)
+
+
+def groups_of(keys: Sequence[tuple[str, ...]]) -> list[str]:
+    """One name for all that a key, or a chain of keys, joins: the smallest key among them."""
+    above: dict[str, str] = {}
+
+    def top(key: str) -> str:
+        while (next_one := above.setdefault(key, key)) != key:
+            above[key] = above[next_one]  # half of the way is left for whoever comes next
+            key = next_one
+        return key
+
+    for of_pair in keys:
+        first, *others = sorted(map(top, of_pair))
+        above.update(dict.fromkeys(others, first))
+    return [top(of_pair[0]) for of_pair in keys]
 
 
 def encode(pair: Pair, answer: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> list[int]:

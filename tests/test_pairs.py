@@ -15,6 +15,7 @@ from ppo_jax.pairs import Pair, cut_alike, encode, load_pairs, load_split, messa
 from ppo_jax.prompt_forms import read_prompt
 from ppo_jax.reward_model_config import DataConfig
 from ppo_jax.rewards.classifier import RewardModel
+from scripts import dialogue_prompts
 from tests.tiny import make_tokenizer
 
 HEAD = "\n\nHuman: is it good?\n\nAssistant: what?\n\nHuman: the soup\n\nAssistant:"
@@ -224,6 +225,43 @@ def test_a_second_file_is_held_out_and_what_it_shares_is_not_trained_on(write, t
     assert not set(training.groups) & set(held_out.groups)
 
 
+@pytest.mark.parametrize("second_file", [False, True])
+def test_no_text_is_on_both_sides_whichever_pairs_share_it(write, tokenizer, second_file):
+    """Mirror images, chains of pairs that share one text, and a dialogue whose own answers begin differently."""
+    other = HEAD.replace("soup", "bread")
+    texts = [(f"good {i}", f"bad {i}") for i in range(12)]
+    texts += [(b, a) for a, b in texts] + [(f"bad {i}", f"good {i + 1}") for i in range(0, 10, 2)]
+    texts += [(HEAD + " yes", other + " no"), (HEAD + " well", HEAD + " no"), (other + " well", other + " yes")]
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts]
+    where = {"evaluation_path": write(rows[1::3], "second.jsonl")} if second_file else {}
+    path = write(rows)
+    for count in range(1, 9):
+        training, held_out = of_split(path, tokenizer, evaluation_pairs=count, **where)
+        assert sides(training).isdisjoint(sides(held_out))
+        dialogues = [group for part in (training, held_out) for group in dialogues_of(part)]
+        assert len(dialogues) <= 1
+        assert second_file or len(training) + len(held_out) == len(rows)
+
+
+def dialogues_of(pairs):
+    return {group for row, group in zip(pairs.chosen, pairs.groups, strict=True) if len(row) > 20}
+
+
+def sides(pairs):
+    return set(map(tuple, [*pairs.chosen, *pairs.rejected]))
+
+
+def test_texts_that_are_the_same_once_they_are_cut_are_not_trained_on_and_counted(write, tokenizer, caplog):
+    alike = [{"prompt": f"night {i}: the soup was", "chosen": " good", "rejected": " bad"} for i in range(8)]
+    path = write([*alike, *rows_of(8)])
+    training, held_out = of_split(path, tokenizer, evaluation_pairs=6, max_tokens=4)
+    ending = tuple(tokenizer(" soup was good")["input_ids"][-3:])
+    assert sum(tuple(row[-3:]) == ending for row in held_out.chosen) in range(1, 6)
+    assert sides(training).isdisjoint(sides(held_out))
+    assert len(training) > 0
+    assert f"{16 - 6 - len(training)} pairs of {path}, once cut to 4 tokens, have a text that is held" in caplog.text
+
+
 def test_a_file_of_which_nothing_is_left_to_train_on_is_refused(write, tokenizer):
     with pytest.raises(UserError, match=r"data\.evaluation_pairs \(10\): nothing is left to train on of the 5 pairs"):
         of_split(write(rows_of(5)), tokenizer, evaluation_pairs=10)
@@ -258,3 +296,37 @@ def test_a_conversation_is_scored_by_its_own_messages_and_another_column_of_that
     own = tokenizer("[user]the soup\n[assistant] yes\n")["input_ids"]
     for column in (None, "text", [], [3], turns, [*turns, {"role": "assistant"}]):
         assert RewardModel.encode(reading, "the soup", " yes", column) == own
+
+
+# ------------------------------------------------------------------------------------------- prompts for the policy
+
+
+def test_no_prompt_of_the_policy_was_trained_on_whichever_side_of_a_pair_it_came_from(write, tiny_model, tmp_path):
+    heads = [HEAD.replace("soup", f"soup {i}") for i in range(12)]
+    rows = [{"chosen": head + " yes", "rejected": head + " no"} for head in heads[:8]]
+    rows += [{"chosen": a + " yes", "rejected": b + " no"} for a, b in zip(heads[:4], heads[8:], strict=True)]
+    path, out, config = write(rows), tmp_path / "prompts.jsonl", tmp_path / "config.yaml"
+    config.write_text(
+        json.dumps({"model": {"path": str(tiny_model)}, "data": {"evaluation_pairs": 3, "train_pairs": 5}})
+    )
+    command = [path, "--config", str(config), "--out", str(out)]
+    dialogue_prompts.main(command)
+    prompts = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    training, held_out = of_split(path, make_tokenizer(), evaluation_pairs=3, train_pairs=5)
+    texts = [make_tokenizer().decode(row) for row in (*training.chosen, *training.rejected)]
+    assert any(len(keys) > 1 for keys in training.keys)
+    assert not [prompt for prompt in prompts for text in texts if text.startswith(prompt)]
+    assert prompts == [head for head in heads[:8] if not any(text.startswith(head) for text in texts)]
+    assert len(prompts) >= len(set(held_out.groups)) > 0
+    with pytest.raises(SystemExit, match="2"):  # and the file stays
+        dialogue_prompts.main(command)
+    assert len(out.read_text().splitlines()) == len(prompts)
+
+
+def test_pairs_that_are_not_there_are_told_without_a_traceback(tiny_model, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"model": {"path": str(tiny_model)}}))
+    with pytest.raises(SystemExit, match="2"):
+        dialogue_prompts.main([str(tmp_path / "none.jsonl"), "--config", str(config), "--out", str(tmp_path / "x")])
+    assert "data.path: " in (told := capsys.readouterr().err)
+    assert told.endswith("none.jsonl) is not a file\n")
