@@ -62,7 +62,7 @@ class Pairs:
 
 
 def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pairs, Pairs]:
-    """(training, held out): no prompt and no token row is among both. Which pairs are which depends on their texts alone.
+    """(training, held out): no prompt and no token row is in both. Which pairs are which depends on their texts alone.
 
     Pairs are taken in the order of their prompts' digests: neither the order of the file nor a seed changes who is held
     out, and more rows move few of them.
@@ -238,7 +238,7 @@ def encode(pair: Pair, answer: str, tokenizer: PreTrainedTokenizerBase, *, chat_
 def messages_of(prompt: str, answer: str) -> list[Message]:
     """The turns of a dialogue, or prompt and answer as one turn of user and assistant.
 
-    An answer behind a turn of "Assistant" goes on with it, as it does in the text; behind one of "Human" it is the next.
+    An answer behind a turn of "Assistant" goes on with it, as it does in the text; behind one of "Human" it is a turn.
     """
     if not prompt:
         raise ValueError("has no prompt that both sides share, which data.chat_template needs")

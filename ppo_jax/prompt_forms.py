@@ -111,8 +111,10 @@ def text_of(messages: list[Message]) -> str:
 def is_conversation(value: Any, text: str) -> bool:
     """Whether a value of the column `messages` is what the form messages read `text` from, and no column of the user's
     own that happens to have that name."""
-    said = isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
-    return said and bool(value) and text_of(value) == text
+    if not isinstance(value, list) or not value:
+        return False
+    are_messages = all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+    return are_messages and text_of(value) == text
 
 
 def _message(turn: Any, number: int) -> Message:

@@ -211,7 +211,7 @@ def test_a_chat_template_makes_prompt_and_answer_messages(save, tokenizer):
     turns = [{"role": role, "content": said} for role, said in (("user", "w4"), ("assistant", "w5"), ("user", "w6"))]
     columns, prompts = {"messages": [None, turns]}, ["w10 w11", text_of(turns)]
     scores = score_answers(Reward({"model": reward}), prompts, ["w20", "w7"], columns).total
-    talk = [ids[word] for word in "w1 w4 w3 w2 w5 w3 w1 w6 w3 w2 w7 w3".split()]
+    talk = [ids[word] for word in ("w1", "w4", "w3", "w2", "w5", "w3", "w1", "w6", "w3", "w2", "w7", "w3")]
     assert_scores(scores, [logits_of(reference, [tokens])[0, 0] for tokens in (row, talk)])
 
 

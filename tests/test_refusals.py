@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import build, checkpoint, processes, scoring
+from ppo_jax import build, checkpoint, cli, processes, scoring
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
@@ -41,6 +41,32 @@ def test_a_gpu_that_jax_cannot_use_is_no_traceback(tmp_path):
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (cli.main, ["--run.dir", "out"]),
+        (cli.generate_main, ["embedded", "--out", "out"]),
+        (cli.reward_model_main, ["--run.dir", "out", "--data.path", "x.jsonl"]),
+    ],
+)
+def test_every_command_refuses_a_gpu_that_is_not_there_before_it_writes(
+    command, arguments, tmp_path, monkeypatch, capsys
+):
+    def none_found():
+        raise RuntimeError("no device of the kind")
+
+    monkeypatch.chdir(tmp_path)
+    if command is not cli.reward_model_main:  # which has no mesh
+        with pytest.raises(SystemExit, match="2"):
+            command([*arguments, "--mesh.platform", "gpu"])
+        assert "mesh.platform is gpu, but JAX sees" in capsys.readouterr().err
+    monkeypatch.setattr(jax, "devices", none_found)
+    with pytest.raises(SystemExit, match="2"):
+        command(arguments)
+    assert "no device of the kind; a GPU needs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_that_runs_out_is_told_with_phase_and_shape_and_costs_no_iteration(tiny_model, tmp_path, monkeypatch):
