@@ -104,7 +104,6 @@ def generate(arguments: Sequence[str]) -> None:
     processes.check_platform(config.mesh.platform)
     from ppo_jax.generate import generate
 
-
     total, before = generate(config, Path(options.out), scored=options.reward)
     print(f"{total} answers are in {options.out}" + (f", {before} of them from before." if before else "."))
 
