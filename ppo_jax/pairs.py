@@ -2,22 +2,23 @@
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.errors import UserError
 from ppo_jax.prompt_files import Problem, first_line, read_source, refuse
-from ppo_jax.prompt_forms import Message
+from ppo_jax.prompt_forms import Message, checked_text
 from ppo_jax.reward_model_config import DataConfig
 
 log = logging.getLogger("ppo_jax")
 
 CHOSEN, REJECTED, PROMPT = "chosen", "rejected", "prompt"
+LARGEST_MARGIN = 1e18  # as of a score; float32 holds its square
 # As the dialogues of Bai et al., "Training a Helpful and Harmless Assistant", 2022, are written.
 ANSWERS = "\n\nAssistant:"
 TURNS = re.compile(r"\n\n(Human|Assistant):")
@@ -151,8 +152,8 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, path: 
         "%s: %d pairs, %d more are unusable; %d longer than %d tokens are cut, %d of them into an answer",
         *(path, len(kept), len(problems), cut, config.max_tokens, cut_apart),
     )
-    rows = list(map(list, zip(*kept, strict=True)))
-    return Pairs(*rows, groups_of(rows[-1]))
+    keys = [row[-1] for row in kept]
+    return Pairs(*map(list, zip(*kept, strict=True)), groups=groups_of(keys))
 
 
 def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
@@ -161,10 +162,10 @@ def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
     A column `prompt` comes before both answers. Without one the texts are whole, and in dialogues ("\\n\\nHuman: ...
     \\n\\nAssistant: ...") what comes before the last answer is the prompt, where it is the same on both sides.
     """
-    chosen, rejected = (_text(values.get(name), name) for name in (CHOSEN, REJECTED))
+    chosen, rejected = (checked_text(values.get(name), repr(name)) for name in (CHOSEN, REJECTED))
     prompt = values.get(PROMPT)
     if prompt is not None:
-        prompt = _text(prompt, PROMPT)
+        prompt = checked_text(prompt, repr(PROMPT))
     else:
         heads, answers = zip(*map(_split_dialogue, (chosen, rejected)), strict=True)
         for name, head, answer in zip((CHOSEN, REJECTED), heads, answers, strict=True):
@@ -174,26 +175,25 @@ def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
             prompt, (chosen, rejected) = heads[0], answers
     if chosen == rejected:
         raise ValueError(f"{CHOSEN!r} and {REJECTED!r} are the same text, {chosen!r:.80}")
-    margin = 0.0 if config.margin_field is None else values.get(config.margin_field)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not np.isfinite(margin):
-        raise ValueError(f"{config.margin_field!r} is {margin!r:.80}, expected a finite number")
-    return Pair(prompt or "", chosen, rejected, float(margin))
+    margin = 0.0 if config.margin_field is None else _margin(values.get(config.margin_field), config.margin_field)
+    return Pair(prompt or "", chosen, rejected, margin)
+
+
+def _margin(value: Any, name: str) -> float:
+    """A number, or the text of one: a cell of a CSV file is always a text."""
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not 0 <= margin <= LARGEST_MARGIN:
+        raise ValueError(f"{name!r} is {value!r:.80}, expected a number from 0 to {LARGEST_MARGIN:g}")
+    return margin
 
 
 def _split_dialogue(text: str) -> tuple[str, str]:
     """(up to and with the last "Assistant:", the answer), or ("", the text) where it is no dialogue."""
     end = text.rfind(ANSWERS) + len(ANSWERS)
     return (text[:end], text[end:]) if ANSWERS in text else ("", text)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and no tokenizer can read
-        raise ValueError(f"{name!r} is no Unicode text: {error}") from error
-    return value
 
 
 def keys_of(pair: Pair) -> tuple[str, ...]:

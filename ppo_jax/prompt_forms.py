@@ -71,14 +71,14 @@ def _columns_of(config: PromptsConfig) -> tuple[str, ...]:
 
 def _text(values: dict[str, Any], config: PromptsConfig) -> Prompt:
     (column,) = _columns_of(config)
-    text = _checked(values.get(column), f"prompt {column!r}")
+    text = checked_text(values.get(column), f"prompt {column!r}")
     return Prompt(text, [{"role": "user", "content": text}], _without(values, column))
 
 
 def _alpaca(values: dict[str, Any], config: PromptsConfig) -> Prompt:
-    instruction = _checked(values.get("instruction"), "'instruction'")
+    instruction = checked_text(values.get("instruction"), "'instruction'")
     given = values.get("input")
-    given = "" if given is None or given == "" else _checked(given, "'input'")
+    given = "" if given is None or given == "" else checked_text(given, "'input'")
     message = f"{instruction}\n\n{given}" if given else instruction
     layout = ALPACA_WITH_INPUT if given else ALPACA
     text = message if config.chat_template else layout.format(instruction=instruction, input=given)
@@ -125,10 +125,11 @@ def _message(turn: Any, number: int) -> Message:
     role = turn.get(who)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has {who!r} {_shown(role)}, expected one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _checked(turn.get(content), f"{content!r} of message {number}")}
+    return {"role": ROLES[role], "content": checked_text(turn.get(content), f"{content!r} of message {number}")}
 
 
-def _checked(text: Any, what: str) -> str:
+def checked_text(text: Any, what: str) -> str:
+    """The text, if it is one, is not empty and can be encoded; ValueError begins with `what`."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{what} is {_shown(text)}, expected a text that is not empty")
     try:

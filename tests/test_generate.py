@@ -288,10 +288,10 @@ def test_a_damaged_line_is_named_and_nothing_is_written_behind_it(answers, whole
 def test_rows_are_on_the_disk_when_append_returns(tmp_path):
     with answer_file.AnswerFile(tmp_path / "rows.jsonl", {"a": 1}) as file:
         file.append([{"text": "ä\u2028"}])
-        file.append([{"text": ""}, {"text": "b"}])
+        file.append([{"text": ""}, {"text": "\ud800"}])
         written = (tmp_path / "rows.jsonl").read_bytes()
     assert [json.loads(line) for line in written.split(b"\n")[:-1]] == [
-        {"index": 0, "text": "ä\u2028"}, {"index": 1, "text": ""}, {"index": 2, "text": "b"},
+        {"index": 0, "text": "ä\u2028"}, {"index": 1, "text": ""}, {"index": 2, "text": "\ud800"},
     ]  # fmt: skip
 
 

@@ -226,7 +226,7 @@ def directory_with(adapted, tmp_path):
         {"lora_alpha": "16"}, {"lora_alpha": 10**400}, {"lora_alpha": 1e30}, {"r": 10**400}, {"target_modules": None},
         {"target_modules": [1]}, {"nobody_knows": 1},
     ],
-    ids=str,
+    ids="{!s:.60}".format,
 )  # fmt: skip
 def test_what_an_adapter_asks_for_beyond_two_matrices_is_refused_by_name(field, directory_with, adapted):
     with pytest.raises(UserError, match=f"adapter_config.json asks for what is not offered here: {next(iter(field))}="):

@@ -129,11 +129,21 @@ def test_twenty_bad_pairs_are_shown_and_the_others_counted(write, tokenizer):
     assert len(str(caught.value).splitlines()) == 22
 
 
-@pytest.mark.parametrize("value", [None, "1", True, float("nan")])
-def test_a_margin_that_is_no_number_is_refused(value):
+@pytest.mark.parametrize(
+    "value",
+    [None, "", "x", "nan", [1], True, float("nan"), float("inf"), -0.5, "-1", pytest.param(10**400, id="huge"), 1e30],
+)
+def test_a_margin_that_is_no_number_or_below_0_is_refused(value):
     row = {"chosen": "a", "rejected": "b", "lead": value}
-    with pytest.raises(ValueError, match=r"'lead' is .*expected a finite number"):
+    with pytest.raises(ValueError, match=r"'lead' is .*expected a number from 0 to 1e\+18"):
         read_pair(row, DataConfig(margin_field="lead"))
+
+
+def test_a_margin_of_a_csv_file_is_the_number_that_its_text_names(tmp_path, tokenizer):
+    file = tmp_path / "pairs.csv"
+    file.write_text("prompt,chosen,rejected,lead\np: , a, b,1.5\np: , a, c,0\n")
+    assert loaded(str(file), tokenizer, margin_field="lead").margins == [1.5, 0.0]
+    assert read_pair({"chosen": "a", "rejected": "b", "lead": 2**59}, DataConfig(margin_field="lead")).margin == 2.0**59
 
 
 def test_a_file_without_the_columns_says_which_it_has(write, tokenizer):

@@ -30,7 +30,7 @@ HARMLESS = frozenset(
     """.split()  # noqa: SIM905
 )
 # The only values of these that leave the base as it is and the forward pass x W + (x A) B · scale. The values that an
-# adapter began with lie in its file, whatever they were drawn from; other kinds of init change the base as well.
+# adapter began with lie in its file, whatever they were drawn from; most other kinds of init change the base as well.
 ONLY = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
