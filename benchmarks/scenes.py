@@ -7,7 +7,6 @@ whatever is in FILE without running anything. Thresholds were set on runs of see
 
 import argparse
 import json
-import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -16,17 +15,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.scene_runs import RECIPES, SCENES, Row, config_of, healthy_of, run
+from ppo_jax.intervals import wilson_interval
 from ppo_jax.monitor import alarms
-
-
-def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval, 95% by default, of a rate of which `hits` in `of` were seen. Source: Wilson, 1927."""
-    if of == 0:
-        return 0.0, 1.0
-    rate, spread = hits / of, z * z / of
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / of + spread / (4 * of)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def judge(name: str, seed: int, rows: Sequence[Row]) -> dict[str, Any]:
@@ -53,7 +43,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def rate(hits: int, of: int) -> str:
-    low, high = wilson(hits, of)
+    low, high = wilson_interval(hits / max(of, 1), of)
     return f"{hits} of {of} ({low:.0%} to {high:.0%})"
 
 

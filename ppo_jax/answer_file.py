@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ppo_jax import durable
+from ppo_jax import durable, jsonl
 from ppo_jax.errors import UserError
 
 log = logging.getLogger("ppo_jax")
@@ -55,7 +55,7 @@ class AnswerFile:
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Rows of the next indices, on the disk when this returns."""
         numbered = ({"index": self.written + i} | row for i, row in enumerate(rows))
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered)
+        lines = "".join(map(jsonl.line, numbered))
         try:
             self._file.write(lines.encode())
             self._file.flush()

@@ -29,7 +29,7 @@ from ppo_jax.monitor.memory import LOADING, shortage_named
 from ppo_jax.monitor.sinks import check_sinks
 from ppo_jax.ops.rewards import first_moments
 from ppo_jax.processes import from_lead
-from ppo_jax.prompts import Prompts, load_prompts, load_split
+from ppo_jax.prompts import Prompts, check_ids, load_prompts, load_split
 from ppo_jax.records import TrainState
 from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.rewards.classifier import load_reward_model
@@ -320,15 +320,10 @@ def eos_token_ids(config: Config, model: ModelDirectory) -> list[int]:
 
 
 def check_tokens(config: Config, model: ModelDirectory, *prompt_sets: Prompts) -> None:
-    """Ids within the embedding (JAX would clamp others silently) and sequences within the model's positions."""
+    """Ids within the embedding and sequences within the model's positions."""
     spec = model.spec
     encoded = [tokens for prompts in prompt_sets for tokens in prompts.encoded]
-    largest = max(max(tokens, default=0) for tokens in [*encoded, eos_token_ids(config, model)])
-    if largest >= spec.vocab_size:
-        raise UserError(
-            f"the tokenizer of {model.path} gives token id {largest}, but the embedding has {spec.vocab_size} rows; "
-            f"tokenizer and model do not belong together"
-        )
+    check_ids([*encoded, eos_token_ids(config, model)], vocab_size=spec.vocab_size, path=model.path)
     longest = max(len(tokens) for tokens in encoded)
     for whose, of in (("model", spec), ("critic", abstract_critic(config, model)[0])):
         if of is not None and longest + config.rollout.max_new_tokens > of.max_positions:

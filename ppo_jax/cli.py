@@ -99,6 +99,9 @@ def generate(arguments: Sequence[str]) -> None:
             raise UserError(f"{key} is given twice: {given!r} and {overrides[key]!r}")
         overrides |= {} if given is None else {key: given}
     config = generate_config.load(options.config, overrides, scored=options.reward)
+    from ppo_jax import processes
+
+    processes.check_platform(config.mesh.platform)
     from ppo_jax.generate import generate
 
     total, before = generate(config, Path(options.out), scored=options.reward)
@@ -142,6 +145,9 @@ def train_reward_model(arguments: Sequence[str]) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
+    from ppo_jax import processes
+
+    processes.check_platform("any")
     from ppo_jax.reward_model import build, train
 
     result = train(build(config))

@@ -6,7 +6,6 @@ bytes.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,10 +31,11 @@ from ppo_jax.prompts import Prompts, for_each_answer, load_prompts
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, PromptBatch
 from ppo_jax.rewards.source import Reward, open_reward, score_answers
 from ppo_jax.rollout import Endings, Sampling
+from ppo_jax.run_directory import prompts_digest, tokenizer_digest
 
 FINISH_REASONS = {TRUNCATED: "truncated", EOS: "eos", STOP_STRING: "stop_string"}
-# What of a model directory decides its answers.
-DIGESTED = ("*.safetensors", "config.json", hf_io.GENERATION_CONFIG, "tokenizer*")
+# What of a model directory, beside its tokenizer, decides its answers.
+DIGESTED = ("*.safetensors", "config.json", hf_io.GENERATION_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def generate(config: GenerateConfig, out: Path, *, scored: bool) -> tuple[int, i
     prompts = load_prompts(config.prompts, model.tokenizer, seed=config.run.seed)
     build.check_tokens(config, model, prompts)
     build.float32_means_float32(config)
-    digests = {"model": digest_of_model(model), "prompts": digest_of_prompts(prompts)}
+    digests = {"model": digest_of_weights(model), "tokenizer": tokenizer_digest(model.tokenizer)}
+    digests |= {"prompts": prompts_digest(prompts)}
     total = len(prompts.texts) * config.rollout.answers_per_prompt
     with AnswerFile(out, recorded(config, scored=scored) | digests) as file, jax.set_mesh(mesh):
         before = file.written
@@ -143,19 +144,14 @@ def uniforms(config: GenerateConfig, indices: jax.Array) -> Float[Array, "B T"]:
     return jnp.stack(drawn, axis=1).reshape(-1, length)
 
 
-def digest_of_model(model: ModelDirectory) -> str:
-    """SHA-256 of the names and contents of a model's files."""
+def digest_of_weights(model: ModelDirectory) -> str:
+    """SHA-256 of the names and contents of a model's files, its tokenizer's left out."""
     files = {file for pattern in DIGESTED for file in model.path.glob(pattern) if file.is_file()}
     whole = hashlib.sha256()
     for file in sorted(files):
         with file.open("rb") as opened:
             whole.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
-
-
-def digest_of_prompts(prompts: Prompts) -> str:
-    """SHA-256 of all prompts in their order, as read by the reward and by the model."""
-    return hashlib.sha256(json.dumps([prompts.texts, prompts.encoded]).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ppo_jax.errors import UserError
 from ppo_jax.prompt_files import Problem, first_line, read_source, refuse
-from ppo_jax.prompt_forms import Message
+from ppo_jax.prompt_forms import Message, checked_text
 from ppo_jax.reward_model_config import DataConfig
 
 log = logging.getLogger("ppo_jax")
 
 CHOSEN, REJECTED, PROMPT = "chosen", "rejected", "prompt"
+LARGEST_MARGIN = 1e18  # as of a score; float32 holds its square
 # As the dialogues of Bai et al., "Training a Helpful and Harmless Assistant", 2022, are written.
 ANSWERS = "\n\nAssistant:"
 TURNS = re.compile(r"\n\n(Human|Assistant):")
@@ -38,12 +39,14 @@ class Pair:
 class Pairs:
     """Pairs as token rows: `chosen[i]` and `rejected[i]`, with the margin `margins[i]`.
 
-    `groups[i]` is the same for pairs that must not be parted between training and held out: those of one prompt.
+    `keys[i]` are digests of what its texts begin with, or are (`keys_of`). `groups[i]` is the same for pairs that must
+    not be parted between training and held out: those that a key joins, or a chain of keys.
     """
 
     chosen: list[list[int]]
     rejected: list[list[int]]
     margins: list[float]
+    keys: list[tuple[str, ...]]
     groups: list[str]
 
     def __len__(self) -> int:
@@ -60,27 +63,24 @@ class Pairs:
 
 
 def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pairs, Pairs]:
-    """(training, held out): no prompt is among both. Which pairs are which depends on their texts alone.
+    """(training, held out): no prompt and no token row is in both. Which pairs are which depends on their texts alone.
 
     Pairs are taken in the order of their prompts' digests: neither the order of the file nor a seed changes who is held
     out, and more rows move few of them.
     """
     if config.path is None:
         raise UserError("data.path: a file or data set of preference pairs must be given")
-    pairs = _by_digest(load_pairs(config, tokenizer, path=config.path, split=config.split, key="data.path"))
+    pairs = load_pairs(config, tokenizer, path=config.path, split=config.split, key="data.path")
     if config.evaluation_path is None:
+        pairs = _by_digest(pairs)
         held_out = _first(pairs, config.evaluation_pairs)
     else:
         source, split = config.evaluation_path, config.evaluation_split
         others = load_pairs(config, tokenizer, path=source, split=split, key="data.evaluation_path")
-        held_out = _first(_by_digest(others), config.evaluation_pairs)
-    seen = set(held_out.groups)
-    training = pairs.at([i for i, group in enumerate(pairs.groups) if group not in seen])
-    if config.evaluation_path is not None and len(training) < len(pairs):
-        log.warning(
-            "warning: %d of the %d pairs of %s have a prompt that is held out too, and are not trained on",
-            *(len(pairs) - len(training), len(pairs), config.path),
-        )
+        groups = groups_of([*pairs.keys, *others.keys])
+        pairs = _by_digest(replace(pairs, groups=groups[: len(pairs)]))
+        held_out = _first(_by_digest(replace(others, groups=groups[len(pairs) :])), config.evaluation_pairs)
+    training = _without_held_out(pairs, held_out, config)
     if not len(training):
         raise UserError(
             f"data.evaluation_pairs ({config.evaluation_pairs}): nothing is left to train on of the {len(pairs)} pairs "
@@ -89,6 +89,24 @@ def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return training if config.train_pairs is None else training.at(
         range(min(config.train_pairs, len(training)))
     ), held_out
+
+
+def _without_held_out(pairs: Pairs, held_out: Pairs, config: DataConfig) -> Pairs:
+    """The pairs of other groups, none with a row that is held out: cut ones can be equal where their texts are not."""
+    groups, rows = set(held_out.groups), set(map(tuple, [*held_out.chosen, *held_out.rejected]))
+    others = [i for i, group in enumerate(pairs.groups) if group not in groups]
+    kept = [i for i in others if rows.isdisjoint({tuple(pairs.chosen[i]), tuple(pairs.rejected[i])})]
+    if config.evaluation_path is not None and len(others) < len(pairs):
+        log.warning(
+            "warning: %d of the %d pairs of %s have a prompt that is held out too, and are not trained on",
+            *(len(pairs) - len(others), len(pairs), config.path),
+        )
+    if len(kept) < len(others):
+        log.warning(
+            "warning: %d pairs of %s, once cut to %d tokens, have a text that is held out too, and are not trained on",
+            *(len(others) - len(kept), config.path, config.max_tokens),
+        )
+    return pairs.at(kept)
 
 
 def _by_digest(pairs: Pairs) -> Pairs:
@@ -125,7 +143,7 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, path: 
             continue
         lost = [len(tokens) - len(rest) for tokens, rest in zip(whole, (chosen, rejected), strict=True)]
         cut, cut_apart = cut + any(lost), cut_apart + (lost[0] != lost[1])
-        kept.append((chosen, rejected, pair.margin, group_of(pair)))
+        kept.append((chosen, rejected, pair.margin, keys_of(pair)))
     if problems and config.unusable == "error":
         refuse(f"{key}: pairs cannot be used (data.unusable: skip leaves them out)", problems)
     if not kept:
@@ -134,7 +152,8 @@ def load_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, path: 
         "%s: %d pairs, %d more are unusable; %d longer than %d tokens are cut, %d of them into an answer",
         *(path, len(kept), len(problems), cut, config.max_tokens, cut_apart),
     )
-    return Pairs(*map(list, zip(*kept, strict=True)))
+    keys = [row[-1] for row in kept]
+    return Pairs(*map(list, zip(*kept, strict=True)), groups=groups_of(keys))
 
 
 def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
@@ -143,10 +162,10 @@ def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
     A column `prompt` comes before both answers. Without one the texts are whole, and in dialogues ("\\n\\nHuman: ...
     \\n\\nAssistant: ...") what comes before the last answer is the prompt, where it is the same on both sides.
     """
-    chosen, rejected = (_text(values.get(name), name) for name in (CHOSEN, REJECTED))
+    chosen, rejected = (checked_text(values.get(name), repr(name)) for name in (CHOSEN, REJECTED))
     prompt = values.get(PROMPT)
     if prompt is not None:
-        prompt = _text(prompt, PROMPT)
+        prompt = checked_text(prompt, repr(PROMPT))
     else:
         heads, answers = zip(*map(_split_dialogue, (chosen, rejected)), strict=True)
         for name, head, answer in zip((CHOSEN, REJECTED), heads, answers, strict=True):
@@ -156,10 +175,19 @@ def read_pair(values: dict[str, Any], config: DataConfig) -> Pair:
             prompt, (chosen, rejected) = heads[0], answers
     if chosen == rejected:
         raise ValueError(f"{CHOSEN!r} and {REJECTED!r} are the same text, {chosen!r:.80}")
-    margin = 0.0 if config.margin_field is None else values.get(config.margin_field)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not np.isfinite(margin):
-        raise ValueError(f"{config.margin_field!r} is {margin!r:.80}, expected a finite number")
-    return Pair(prompt or "", chosen, rejected, float(margin))
+    margin = 0.0 if config.margin_field is None else _margin(values.get(config.margin_field), config.margin_field)
+    return Pair(prompt or "", chosen, rejected, margin)
+
+
+def _margin(value: Any, name: str) -> float:
+    """A number, or the text of one: a cell of a CSV file is always a text."""
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not 0 <= margin <= LARGEST_MARGIN:
+        raise ValueError(f"{name!r} is {value!r:.80}, expected a number from 0 to {LARGEST_MARGIN:g}")
+    return margin
 
 
 def _split_dialogue(text: str) -> tuple[str, str]:
@@ -168,20 +196,27 @@ def _split_dialogue(text: str) -> tuple[str, str]:
     return (text[:end], text[end:]) if ANSWERS in text else ("", text)
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and no tokenizer can read
-        raise ValueError(f"{name!r} is no Unicode text: {error}") from error
-    return value
+def keys_of(pair: Pair) -> tuple[str, ...]:
+    """Digests of the prompt, or where both sides share none, of each text and of the dialogue before its answer."""
+    heads = (_split_dialogue(text)[0] for text in (pair.chosen, pair.rejected))
+    named = [pair.prompt] if pair.prompt else [pair.chosen, pair.rejected, *filter(None, heads)]
+    return tuple(hashlib.sha256(repr([text]).encode()).hexdigest() for text in named)
 
 
-def group_of(pair: Pair) -> str:
-    """Digest of the prompt, or of both texts where they share none."""
-    named = [pair.prompt] if pair.prompt else [pair.chosen, pair.rejected]
-    return hashlib.sha256(repr(named).encode()).hexdigest()
+def groups_of(keys: Sequence[tuple[str, ...]]) -> list[str]:
+    """One name for all that a key, or a chain of keys, joins: the smallest key among them."""
+    above: dict[str, str] = {}
+
+    def top(key: str) -> str:
+        while (next_one := above.setdefault(key, key)) != key:
+            above[key] = above[next_one]  # half of the way is left for whoever comes next
+            key = next_one
+        return key
+
+    for of_pair in keys:
+        first, *others = sorted(map(top, of_pair))
+        above.update(dict.fromkeys(others, first))
+    return [top(of_pair[0]) for of_pair in keys]
 
 
 def encode(pair: Pair, answer: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> list[int]:
@@ -201,13 +236,17 @@ def encode(pair: Pair, answer: str, tokenizer: PreTrainedTokenizerBase, *, chat_
 
 
 def messages_of(prompt: str, answer: str) -> list[Message]:
-    """The turns of a dialogue, or prompt and answer as one turn of user and assistant."""
+    """The turns of a dialogue, or prompt and answer as one turn of user and assistant.
+
+    An answer behind a turn of "Assistant" goes on with it, as it does in the text; behind one of "Human" it is a turn.
+    """
     if not prompt:
         raise ValueError("has no prompt that both sides share, which data.chat_template needs")
     parts = TURNS.split(prompt)
     if len(parts) == 1 or parts[0]:
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    turns = list(zip(parts[1::2], [*parts[2:-1:2], answer], strict=True))
+    *turns, (who, said) = zip(parts[1::2], parts[2::2], strict=True)
+    turns += [("Assistant", said + answer)] if who == "Assistant" else [(who, said), ("Assistant", answer)]
     return [{"role": ROLES[who], "content": said.strip()} for who, said in turns]
 
 

@@ -36,8 +36,9 @@ def print_plan(config: Config, *, resume: bool) -> None:
     build.open_reward(config.reward)
     reward_spec = spec_of_reward_model(config)
     model = build.open_model(config)
-    prompts, _ = load_split(config.prompts, model.tokenizer, seed=config.run.seed)
-    build.check_tokens(config, model, prompts)
+    prompts, held_out = load_split(config.prompts, model.tokenizer, seed=config.run.seed)
+    fixed_prompts = build.pick_fixed_prompts(config, model, prompts)
+    build.check_tokens(config, model, prompts, fixed_prompts, *([] if held_out is None else [held_out]))
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     longest = prompts.batch(0, len(prompts.texts)).tokens.shape[1]
     params = abstract_params(model.spec)

@@ -71,14 +71,14 @@ def _columns_of(config: PromptsConfig) -> tuple[str, ...]:
 
 def _text(values: dict[str, Any], config: PromptsConfig) -> Prompt:
     (column,) = _columns_of(config)
-    text = _checked(values.get(column), f"prompt {column!r}")
+    text = checked_text(values.get(column), f"prompt {column!r}")
     return Prompt(text, [{"role": "user", "content": text}], _without(values, column))
 
 
 def _alpaca(values: dict[str, Any], config: PromptsConfig) -> Prompt:
-    instruction = _checked(values.get("instruction"), "'instruction'")
+    instruction = checked_text(values.get("instruction"), "'instruction'")
     given = values.get("input")
-    given = "" if given is None or given == "" else _checked(given, "'input'")
+    given = "" if given is None or given == "" else checked_text(given, "'input'")
     message = f"{instruction}\n\n{given}" if given else instruction
     layout = ALPACA_WITH_INPUT if given else ALPACA
     text = message if config.chat_template else layout.format(instruction=instruction, input=given)
@@ -98,11 +98,23 @@ def _conversation(values: dict[str, Any], config: PromptsConfig) -> Prompt:
     columns = _without(values, column)
     if taken := {REFERENCE, MESSAGES} & set(columns):
         raise ValueError(f"has a column {taken.pop()!r}, which is what the form messages makes; give it another name")
+    return Prompt(text_of(messages), messages, columns | {MESSAGES: messages, REFERENCE: reference})
+
+
+def text_of(messages: list[Message]) -> str:
+    """A conversation as one text: its roles are named where there are several turns."""
     if len(messages) == 1:
-        text = messages[0]["content"]
-    else:
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return Prompt(text, messages, columns | {MESSAGES: messages, REFERENCE: reference})
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def is_conversation(value: Any, text: str) -> bool:
+    """Whether a value of the column `messages` is what the form messages read `text` from, and no column of the user's
+    own that happens to have that name."""
+    if not isinstance(value, list) or not value:
+        return False
+    are_messages = all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+    return are_messages and text_of(value) == text
 
 
 def _message(turn: Any, number: int) -> Message:
@@ -113,10 +125,11 @@ def _message(turn: Any, number: int) -> Message:
     role = turn.get(who)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has {who!r} {_shown(role)}, expected one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _checked(turn.get(content), f"{content!r} of message {number}")}
+    return {"role": ROLES[role], "content": checked_text(turn.get(content), f"{content!r} of message {number}")}
 
 
-def _checked(text: Any, what: str) -> str:
+def checked_text(text: Any, what: str) -> str:
+    """The text, if it is one, is not empty and can be encoded; ValueError begins with `what`."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{what} is {_shown(text)}, expected a text that is not empty")
     try:

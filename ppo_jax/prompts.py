@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,16 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, chat_template:
     if not tokens:
         raise ValueError(f"is {prompt.text!r:.80}, which the tokenizer makes no token of")
     return tokens
+
+
+def check_ids(rows: Iterable[Sequence[int]], *, vocab_size: int, path: Path) -> None:
+    """Refuse token ids that the embedding of the model at `path` has no row for: JAX would clamp them silently."""
+    largest = max(max(tokens, default=0) for tokens in rows)
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer of {path} gives token id {largest}, but the embedding has {vocab_size} rows; tokenizer and "
+            f"model do not belong together"
+        )
 
 
 def _in_template(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -7,7 +7,6 @@ another that says so, and nothing is ever removed.
 import fcntl
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from ppo_jax import durable, jsonl
 from ppo_jax.errors import UserError
+from ppo_jax.intervals import wilson_interval
 
 FILE, PAIRS_FILE = "ratings.jsonl", "pairs.json"
 NOW, SFT, TIE, SKIP, UNDO = "now", "sft", "tie", "skip", "undo"
@@ -169,19 +169,7 @@ def win_rate(choices: Choices) -> WinRate | None:
     count = len(by_pair)
     rate = sum(sum(map(worth.__getitem__, said)) / len(said) for said in by_pair.values()) / count
     said = Counter(choice for choices in by_pair.values() for choice in choices)
-    return WinRate(said[NOW], said[SFT], said[TIE], count, rate, *wilson(rate, count))
-
-
-def wilson(rate: float, count: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 % by default.
-
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    centre, scale = rate + z**2 / (2 * count), 1 + z**2 / count
-    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return WinRate(said[NOW], said[SFT], said[TIE], count, rate, *wilson_interval(rate, count))
 
 
 @dataclass(frozen=True)

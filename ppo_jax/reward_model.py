@@ -13,16 +13,17 @@ Left out: resuming (what is lost is one training), and more than one device. Wha
 
 import importlib.util
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import durable
+from ppo_jax import durable, jsonl
 from ppo_jax.build import float32_means_float32, open_model
 from ppo_jax.errors import UserError
 from ppo_jax.models.decoder import Params
@@ -31,10 +32,11 @@ from ppo_jax.models.hf_io import ModelDirectory
 from ppo_jax.monitor.console import plain_log
 from ppo_jax.monitor.invariants import digest
 from ppo_jax.monitor.metrics import to_host
+from ppo_jax.monitor.not_finite import TOO_MANY_IN_A_ROW
 from ppo_jax.monitor.preferences import calibration, plot_calibration, preference_metrics
 from ppo_jax.monitor.sinks import MetricsWriter, check_sinks
 from ppo_jax.pairs import Pairs, load_split
-from ppo_jax.prompts import shuffled_indices
+from ppo_jax.prompts import check_ids, shuffled_indices
 from ppo_jax.reward_model_config import RewardModelConfig
 from ppo_jax.reward_training import (
     RewardObjective,
@@ -50,7 +52,10 @@ from ppo_jax.run_directory import check_unused, run_directory, write_description
 from ppo_jax.run_lock import RunLock
 from ppo_jax.update import make_optimizer
 
+log = logging.getLogger("ppo_jax")
+
 LABEL = "score"
+UNFINISHED, SKIPPED = "unfinished_reward_model", "skipped_pairs.jsonl"
 LINES = 40  # of progress on the terminal
 
 
@@ -77,13 +82,17 @@ class RewardModelRun:
 
     @property
     def steps(self) -> int:
-        """Whole batches in all epochs together; the last pairs of one fill up with the first of the next."""
-        return max(1, int(self.config.train.epochs * self.steps_per_epoch))
+        return step_count(self.config, self.training)
 
     def ends_an_epoch(self, step: int) -> bool:
         """Whether all pairs were seen once more after this step; of the last step always."""
         each = self.steps_per_epoch
         return int((step + 1) / each) > int(step / each) or step + 1 == self.steps
+
+
+def step_count(config: RewardModelConfig, training: Pairs) -> int:
+    """Whole batches in all epochs together; the last pairs of one fill up with the first of the next."""
+    return max(1, int(config.train.epochs * len(training) / config.train.batch_size))
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ def build(config: RewardModelConfig) -> RewardModelRun:
     with plain_log():
         training, held_out = load_split(config.data, model.tokenizer)
     _check_tokens(config, model, training, held_out)
+    _check_warmup(config, training)
     float32_means_float32(config)
     scorer = load_scorer(model, key="model.path")
     described = {"model_digest": digest(scorer), "training_digest": training.digest()}
@@ -134,6 +144,7 @@ def _train(run: RewardModelRun, writer: MetricsWriter) -> RewardModelResult:
     trained, opt_state = run.trained, optimizer.init(run.trained)
     texts, held_out, history = make_texts(run, run.training), make_texts(run, run.held_out), []
     chosen = rejected = np.zeros(0)  # scores of the held-out pairs
+    skipped_in_a_row = 0
     print(f"{count} pairs to train on, {len(run.held_out)} held out, {run.steps} steps", flush=True)
     for step in range(run.steps):
         start = time.perf_counter()
@@ -143,18 +154,45 @@ def _train(run: RewardModelRun, writer: MetricsWriter) -> RewardModelResult:
         state = (trained, opt_state, run.frozen, rows, margins, jnp.asarray(step, jnp.int32))
         trained, opt_state, stats = pair_step(*state, optimizer=optimizer, objective=run.objective)
         numbers = to_host(stats) | {"time/step_s": time.perf_counter() - start}
+        skipped_in_a_row = skipped_in_a_row + 1 if numbers["update/skipped_steps"] > 0 else 0
         if run.ends_an_epoch(step):
             chosen, rejected = pair_scores(run, trained, held_out)
+            if not np.all(np.isfinite([chosen, rejected])):
+                _give_up(run, trained, f"step {step}: the scores of the held-out pairs are not all finite")
             numbers |= preference_metrics(chosen, rejected)
         writer.write(step, numbers)
         history.append({"step": step} | numbers)
         _show(step, run.steps, numbers)
-        if numbers["update/skipped_steps"] > 0:
-            raise UserError(f"step {step}: the loss or the gradient is not finite; lower train.learning_rate")
+        if skipped_in_a_row:
+            _keep_skipped(run, step, pairs)
+        if skipped_in_a_row == TOO_MANY_IN_A_ROW:
+            _give_up(run, trained, f"step {step}: no finite loss and gradient {TOO_MANY_IN_A_ROW} times in a row")
     evaluation = _write_evaluation(run, chosen, rejected)
     directory = run.directory / "reward_model"
-    save_scorer(directory, run.model, joined_scorer(trained, run.frozen), label=LABEL, dtype=config.model.export_dtype)
+    _save(run, trained, directory)
     return RewardModelResult(run.directory, directory, history, evaluation)
+
+
+def _save(run: RewardModelRun, trained: Params, directory: Path) -> None:
+    scorer, dtype = joined_scorer(trained, run.frozen), run.config.model.export_dtype
+    save_scorer(directory, run.model, scorer, label=LABEL, dtype=dtype)
+
+
+def _keep_skipped(run: RewardModelRun, step: int, pairs: Sequence[int]) -> None:
+    """The texts of a step that was skipped, behind those of earlier ones."""
+    decode, file = run.model.tokenizer.decode, run.directory / SKIPPED
+    rows = [(run.training.chosen[i], run.training.rejected[i]) for i in pairs]
+    lines = [jsonl.line({"step": step, "chosen": decode(one), "rejected": decode(other)}) for one, other in rows]
+    log.warning("warning: step %d was skipped, its loss or gradient is not finite; its pairs are in %s", step, file)
+    with file.open("a", encoding="utf-8") as opened:
+        opened.writelines(lines)
+
+
+def _give_up(run: RewardModelRun, trained: Params, why: str) -> NoReturn:
+    """Save what was trained, which no skipped step has changed, under a name that is not a finished model's."""
+    directory = run.directory / UNFINISHED
+    _save(run, trained, directory)
+    raise UserError(f"{why}; lower train.learning_rate. What was trained until then is in {directory}")
 
 
 def make_texts(run: RewardModelRun, pairs: Pairs) -> Texts:
@@ -202,17 +240,22 @@ def _objective(config: RewardModelConfig, model: ModelDirectory) -> RewardObject
 
 
 def _check_tokens(config: RewardModelConfig, model: ModelDirectory, *pair_sets: Pairs) -> None:
-    """Ids within the embedding (JAX would clamp others silently) and texts within the model's positions."""
+    """Ids within the embedding and texts within the model's positions."""
     if config.data.max_tokens > model.spec.max_positions:
         raise UserError(
             f"data.max_tokens ({config.data.max_tokens}) must be at most the {model.spec.max_positions} positions of "
             f"{model.path}"
         )
-    largest = max(max(ids) for pairs in pair_sets for ids in (*pairs.chosen, *pairs.rejected))
-    if largest >= model.spec.vocab_size:
+    rows = [ids for pairs in pair_sets for ids in (*pairs.chosen, *pairs.rejected)]
+    check_ids(rows, vocab_size=model.spec.vocab_size, path=model.path)
+
+
+def _check_warmup(config: RewardModelConfig, training: Pairs) -> None:
+    warmup, steps = config.train.warmup_steps, step_count(config, training)
+    if warmup >= steps:
         raise UserError(
-            f"the tokenizer of {model.path} gives token id {largest}, but the embedding has {model.spec.vocab_size} "
-            f"rows; tokenizer and model do not belong together"
+            f"train.warmup_steps ({warmup}) must be below the training's {steps} optimizer steps (train.epochs "
+            f"{config.train.epochs}, train.batch_size {config.train.batch_size}, {len(training)} pairs)"
         )
 
 

@@ -16,8 +16,10 @@ from ppo_jax.config import MeshConfig, RewardConfig
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.plan import print_plan
+from ppo_jax.prompt_forms import text_of
 from ppo_jax.rewards import classifier
 from ppo_jax.rewards.classifier import last_position, load_reward_model
+from ppo_jax.rewards.source import Reward, score_answers
 from ppo_jax.tracing import compilations
 from ppo_torch_ref.model import load_model, token_logits
 from tests.classifiers import LABELS, hf_classifier
@@ -205,6 +207,12 @@ def test_a_chat_template_makes_prompt_and_answer_messages(save, tokenizer):
     row = [ids[word] for word in ("w1", "w10", "w11", "w3", "w2", "w20", "w3")]
     assert reward.encode("w10 w11", "w20") == row
     assert_scores(reward(["w10 w11"], ["w20"]), logits_of(reference, [row])[:, 0])
+    # A prompt that is a conversation keeps its turns, which come with the columns of a run.
+    turns = [{"role": role, "content": said} for role, said in (("user", "w4"), ("assistant", "w5"), ("user", "w6"))]
+    columns, prompts = {"messages": [None, turns]}, ["w10 w11", text_of(turns)]
+    scores = score_answers(Reward({"model": reward}), prompts, ["w20", "w7"], columns).total
+    talk = [ids[word] for word in ("w1", "w4", "w3", "w2", "w5", "w3", "w1", "w6", "w3", "w2", "w7", "w3")]
+    assert_scores(scores, [logits_of(reference, [tokens])[0, 0] for tokens in (row, talk)])
 
 
 def test_a_text_that_is_too_long_is_refused_or_loses_its_beginning_if_that_is_asked_for(save):

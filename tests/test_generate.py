@@ -39,8 +39,8 @@ def answers(tiny_model, prompts_file, tmp_path_factory):
     def run(out=None, *, scored=False, **changes):
         out = tmp_path_factory.mktemp("answers") / "answers.jsonl" if out is None else out
         settings = {"rollout__batch_size": 2, "rollout__max_new_tokens": NEW} | changes
-        overrides = {key.replace("__", "."): value for key, value in settings.items()}
-        overrides |= {"model.path": str(tiny_model), "prompts.path": str(prompts_file)}
+        overrides = {"model.path": str(tiny_model), "prompts.path": str(prompts_file)}
+        overrides |= {key.replace("__", "."): value for key, value in settings.items()}
         generate(generate_config.load(None, overrides, scored=scored), out, scored=scored)
         return out
 
@@ -213,7 +213,7 @@ def test_answers_of_other_settings_are_refused_by_name_and_stay(answers, whole, 
     text = prompts_file.read_text()
     prompts_file.write_text(text + "\nnight")
     try:
-        with pytest.raises(UserError, match=r"prompts: '[0-9a-f]{64}' there"):
+        with pytest.raises(UserError, match=r"prompts: '[0-9a-f]{16}' there"):
             answers(whole)
     finally:
         prompts_file.write_text(text)
@@ -231,6 +231,38 @@ def test_another_model_in_the_same_place_is_refused(answers, tiny_model):
             answers(out)
     finally:
         weights.write_bytes(data)
+
+
+def test_another_tokenizer_in_the_same_place_is_refused_whichever_of_its_files_changed(answers, whole, tiny_model):
+    template = tiny_model / "chat_template.jinja"
+    assert not template.exists()
+    template.write_text("{{ messages }}")
+    try:
+        with pytest.raises(UserError, match=r"Different are:\n  tokenizer: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now$"):
+            answers(whole)
+    finally:
+        template.unlink()
+
+
+def references(prompts, answers, columns):
+    return [float(reference) for reference in columns["reference"]]
+
+
+def test_a_scored_file_is_continued_with_the_columns_it_was_scored_with_alone(answers, tmp_path):
+    """The prompts are the same texts: only what the reward is told of them is another."""
+    file, scored = tmp_path / "prompts.jsonl", {"reward__function": "tests.test_generate:references", "scored": True}
+
+    def write(reference):
+        rows = [{"prompt": prompt, "reference": reference + i} for i, prompt in enumerate(PROMPTS)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(0)
+    out = answers(prompts__path=str(file), **scored)
+    assert [row["score"] for row in rows(out)] == list(range(len(PROMPTS)))
+    out.write_bytes(out.read_bytes().split(b"\n")[0] + b"\n")
+    write(7)
+    with pytest.raises(UserError, match=r"Different are:\n  prompts: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now$"):
+        answers(out, prompts__path=str(file), **scored)
 
 
 def test_two_writers_never_share_a_file(answers, whole):
@@ -256,10 +288,10 @@ def test_a_damaged_line_is_named_and_nothing_is_written_behind_it(answers, whole
 def test_rows_are_on_the_disk_when_append_returns(tmp_path):
     with answer_file.AnswerFile(tmp_path / "rows.jsonl", {"a": 1}) as file:
         file.append([{"text": "ä\u2028"}])
-        file.append([{"text": ""}, {"text": "b"}])
+        file.append([{"text": ""}, {"text": "\ud800"}])
         written = (tmp_path / "rows.jsonl").read_bytes()
     assert [json.loads(line) for line in written.split(b"\n")[:-1]] == [
-        {"index": 0, "text": "ä\u2028"}, {"index": 1, "text": ""}, {"index": 2, "text": "b"},
+        {"index": 0, "text": "ä\u2028"}, {"index": 1, "text": ""}, {"index": 2, "text": "\ud800"},
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -222,9 +223,10 @@ def directory_with(adapted, tmp_path):
         {"trainable_token_indices": [3]}, {"target_parameters": ["w"]}, {"use_qalora": True},
         {"alora_invocation_tokens": [1]}, {"ensure_weight_tying": True}, {"task_type": "SEQ_CLS"},
         {"peft_type": "LOHA"}, {"peft_type": ...}, {"r": 0}, {"r": True}, {"r": ...}, {"lora_alpha": -1},
-        {"lora_alpha": "16"}, {"target_modules": None}, {"target_modules": [1]}, {"nobody_knows": 1},
+        {"lora_alpha": "16"}, {"lora_alpha": 10**400}, {"lora_alpha": 1e30}, {"r": 10**400}, {"target_modules": None},
+        {"target_modules": [1]}, {"nobody_knows": 1},
     ],
-    ids=str,
+    ids="{!s:.60}".format,
 )  # fmt: skip
 def test_what_an_adapter_asks_for_beyond_two_matrices_is_refused_by_name(field, directory_with, adapted):
     with pytest.raises(UserError, match=f"adapter_config.json asks for what is not offered here: {next(iter(field))}="):
@@ -276,6 +278,36 @@ def test_a_directory_that_holds_no_adapter_or_a_pickle_is_refused(directory_with
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
     with pytest.raises(UserError, match="pickle"):
         peft_io.load_lora(peft_io.open_adapter(str(directory), model), model)
-    (directory / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+
+
+@pytest.mark.parametrize("text", ["{", '{"a":' * 100_000, '{"r": %s}' % ("9" * 5000), "\ud800"], ids=len)
+def test_an_adapter_config_that_cannot_be_read_is_no_traceback(text, directory_with, adapted):
+    directory = directory_with()
+    (directory / "adapter_config.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read as JSON: "):
+        peft_io.open_adapter(str(directory), adapted("llama")[2])
+
+
+def test_an_adapter_config_without_permission_is_no_traceback(directory_with, adapted, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    directory, model = directory_with(), adapted("llama")[2]
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read as JSON: .*Permission denied"):
         peft_io.open_adapter(str(directory), model)
+
+
+def test_what_a_user_put_beside_an_adapter_is_kept_under_another_name(adapted, tmp_path, caplog):
+    model = adapted("llama")[2]
+    made = lora.make_adapter(model.config, model.spec, rank=1, scale=1.0, targets=["q_proj"], where="targets")
+    weights = lora.first_lora(made, seed=0)
+    for _ in range(2):
+        peft_io.save_adapter(tmp_path / "adapter", made, weights, base="b")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    peft_io.save_adapter(tmp_path / "adapter", made, weights, base="b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.kept_1"]
+    assert (tmp_path / "adapter.kept_1" / "notes.txt").read_text() == "mine"
+    assert peft_io.open_adapter(str(tmp_path / "adapter"), model).adapter == made
+    assert "adapter holds files of others (notes.txt); it is now adapter.kept_1" in caplog.text

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_jax.monitor.preferences import calibration, calibration_error, preference_metrics, wilson_interval
+from ppo_jax.intervals import wilson_interval
+from ppo_jax.monitor.preferences import calibration, calibration_error, preference_metrics
 from ppo_jax.ops.preferences import bradley_terry_loss, centring_loss
 
 LENGTH = 4
@@ -79,23 +80,6 @@ def test_centring_pulls_both_scores_of_a_pair_alike_and_not_where_they_are_oppos
 
 
 # --------------------------------------------------------------------------------------------------------- the numbers
-
-
-@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.632, 500), (0.97, 33), (0.25, 10)])
-def test_the_ends_of_the_interval_are_the_shares_that_the_observed_one_just_does_not_contradict(share, count):
-    z = 1.959963984540054
-    low, high = wilson_interval(share, count)
-    assert 0 < low < share < high < 1
-    for end in (low, high):
-        assert abs(share - end) == pytest.approx(z * math.sqrt(end * (1 - end) / count), rel=1e-9)
-
-
-def test_an_interval_has_a_width_where_all_trials_went_one_way():
-    z = 1.959963984540054
-    assert wilson_interval(1.0, 10) == pytest.approx((10 / (10 + z**2), 1))
-    assert wilson_interval(0.0, 10) == pytest.approx((0, z**2 / (10 + z**2)))
-    assert wilson_interval(0.5, 500)[1] - 0.5 == pytest.approx(0.0437, abs=1e-4)
-    assert wilson_interval(0.5, 20, confidence=0.5)[1] < wilson_interval(0.5, 20)[1]
 
 
 def test_bins_hold_what_is_claimed_and_what_is_seen():

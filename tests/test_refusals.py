@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import build, checkpoint, processes, scoring
+from ppo_jax import build, checkpoint, cli, processes, scoring
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
 from ppo_jax.monitor.sinks import MetricsWriter, read_rows
+from ppo_jax.plan import print_plan
 from tests.test_train import run, vowel_share
 
 
@@ -41,6 +42,46 @@ def test_a_gpu_that_jax_cannot_use_is_no_traceback(tmp_path):
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (cli.main, ["--run.dir", "out"]),
+        (cli.generate_main, ["embedded", "--out", "out"]),
+        (cli.reward_model_main, ["--run.dir", "out", "--data.path", "x.jsonl"]),
+    ],
+)
+def test_every_command_refuses_a_gpu_that_is_not_there_before_it_writes(
+    command, arguments, tmp_path, monkeypatch, capsys
+):
+    def none_found():
+        raise RuntimeError("no device of the kind")
+
+    monkeypatch.chdir(tmp_path)
+    if command is not cli.reward_model_main:  # which has no mesh
+        with pytest.raises(SystemExit, match="2"):
+            command([*arguments, "--mesh.platform", "gpu"])
+        assert "mesh.platform is gpu, but JAX sees" in capsys.readouterr().err
+    monkeypatch.setattr(jax, "devices", none_found)
+    with pytest.raises(SystemExit, match="2"):
+        command(arguments)
+    assert "no device of the kind; a GPU needs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["monitor.fixed_prompts", "prompts.evaluation_path"])
+def test_the_dry_run_refuses_every_prompt_that_the_run_refuses(where, tiny_model, tmp_path):
+    long, files = " ".join(["soup"] * 20), {name: tmp_path / name for name in ("short.txt", "long.txt")}
+    for file, text in zip(files.values(), ("the soup", long), strict=True):
+        file.write_text(text)
+    given = [long] if where == "monitor.fixed_prompts" else str(files["long.txt"])
+    changes = {"model.path": str(tiny_model), "prompts.path": str(files["short.txt"]), "rollout.max_new_tokens": 100}
+    config = load(overrides=changes | {"run.dir": str(tmp_path / "run"), where: given})
+    with pytest.raises(UserError, match=r"the longest prompt .* exceed the model's 128 positions"):
+        print_plan(config, resume=False)
+    with pytest.raises(UserError, match=r"the longest prompt .* exceed the model's 128 positions"):
+        build.build(config)
 
 
 def test_memory_that_runs_out_is_told_with_phase_and_shape_and_costs_no_iteration(tiny_model, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ppo_jax import ratings
 from ppo_jax.config import Config
+from ppo_jax.intervals import wilson_interval
 from ppo_jax.report import curves as charts
 from ppo_jax.report.__main__ import main
 from ppo_jax.report.drawing import Band, Chart, Line, Mark, Rule, draw, ticks
@@ -375,7 +376,7 @@ def test_what_people_said_is_in_the_report(tmp_path):
             for pair, choice in zip(pairs, ("now", "now", "tie", "skip"), strict=True):
                 file.append(rater, pair.id, choice)
     shown = " ".join(Read(html_of(run)).texts["main"].split())
-    low, high = ratings.wilson(5 / 6, 3)
+    low, high = wilson_interval(5 / 6, 3)
     assert f"preferred in 83 % of 3 pairs (95 % interval {100 * low:.0f} to {100 * high:.0f} %)" in shown
     assert "4 for the policy, 0 for the SFT model, 2 ties, 2 skipped" in shown
     assert "2 raters agree on 100 % of 3 comparisons, Cohen's κ 1.00" in shown

@@ -1,6 +1,7 @@
 """Training a reward model: what is learned, what stays frozen, and what transformers reads of what is saved."""
 
 import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -206,7 +207,7 @@ def test_the_gradient_of_the_last_layers_is_that_of_training_everything_and_belo
     assert float(stats["train/centring_loss"]) == pytest.approx(centring, rel=1e-5)
 
 
-def test_states_kept_in_memory_change_no_number(base, trained, tmp_path):
+def test_states_kept_in_memory_change_no_number_but_for_rounding(base, trained, tmp_path):
     changes = {"train__cache_states": False, "train__epochs": 1}
     result = reward_model.train(reward_model.build(settings(base, tmp_path / "run", **changes)))
     for row, kept in zip(result.metrics, trained[1].metrics, strict=False):
@@ -296,6 +297,10 @@ def test_what_is_printed_reads_back_as_the_same_configuration(capsys, tmp_path):
         ({"train__layers": 3}, r"train\.layers \(3\) must be at most the 2 layers"),
         ({"data__max_tokens": 129}, r"data\.max_tokens \(129\) must be at most the 128 positions"),
         ({"data__path": "absent.jsonl"}, r"data\.path: absent\.jsonl .*is not a file"),
+        (
+            {"train__warmup_steps": 24},
+            r"train\.warmup_steps \(24\) must be below the training's 24 optimizer steps .* 32 pairs",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(base, tmp_path, changes, message):
@@ -313,14 +318,65 @@ def test_a_directory_that_holds_a_run_is_refused(base, trained):
 
 def test_a_token_outside_of_the_embedding_is_refused(base, tmp_path):
     model = open_model(str(base[0]))
-    pairs = Pairs([[3, model.spec.vocab_size]], [[4]], [0.0], ["a"])
+    pairs = Pairs([[3, model.spec.vocab_size]], [[4]], [0.0], [("a",)], ["a"])
     with pytest.raises(UserError, match=f"token id {model.spec.vocab_size}, but the embedding has"):
         reward_model._check_tokens(settings(base, tmp_path), model, pairs)
 
 
-def test_a_step_that_is_not_finite_ends_the_training(base, tmp_path):
-    with pytest.raises(UserError, match=r"step \d+: the loss or the gradient is not finite"):
-        reward_model.train(reward_model.build(settings(base, tmp_path / "run", train__learning_rate=1e30)))
+def without_numbers(monkeypatch, *steps):
+    """Some steps get a margin that is no number; returns the heads after every step."""
+    heads = []
+
+    def planted(trained, opt_state, frozen, rows, margins, step, **fixed):
+        margins = jnp.full_like(margins, jnp.nan) if int(step) in steps else margins
+        trained, opt_state, stats = reward_training.pair_step(trained, opt_state, frozen, rows, margins, step, **fixed)
+        heads.append(np.asarray(trained["head"]["kernel"]))
+        return trained, opt_state, stats
+
+    monkeypatch.setattr(reward_model, "pair_step", planted)
+    return heads
+
+
+def test_a_skipped_step_costs_its_own_batch_alone_and_its_texts_are_kept(base, tmp_path, monkeypatch):
+    heads = without_numbers(monkeypatch, 2, 3, 5)
+    run = reward_model.build(settings(base, tmp_path / "run", train__epochs=2))
+    result = reward_model.train(run)
+    assert [row["step"] for row in result.metrics if row["update/skipped_steps"]] == [2, 3, 5]
+    assert [np.array_equal(a, b) for a, b in itertools.pairwise(heads)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert np.isfinite(load_file(result.model_directory / "model.safetensors")["score.weight"]).all()
+    kept = [json.loads(line) for line in (tmp_path / "run" / "skipped_pairs.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept] == [2] * 8 + [3] * 8 + [5] * 8
+    texts = {run.model.tokenizer.decode(row) for row in run.training.chosen}
+    assert len({row["chosen"] for row in kept[:16]} & texts) == 16
+    assert all(" bad" in row["rejected"] for row in kept)
+    assert not (tmp_path / "run" / "unfinished_reward_model").exists()
+
+
+def test_three_skipped_steps_in_a_row_end_the_training_and_what_was_learned_is_kept(base, tmp_path, monkeypatch):
+    heads = without_numbers(monkeypatch, 1, 3, 4, 5)
+    with pytest.raises(
+        UserError, match=r"^step 5: no finite .*lower train\.learning_rate.* in .*/unfinished_reward_model$"
+    ):
+        reward_model.train(reward_model.build(settings(base, tmp_path / "run", train__epochs=2)))
+    assert not (tmp_path / "run" / "reward_model").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(heads) == 6
+    saved = load_file(tmp_path / "run" / "unfinished_reward_model" / "model.safetensors")["score.weight"]
+    np.testing.assert_array_equal(saved[0], heads[2])
+    assert np.any(saved)
+
+
+def test_a_model_whose_scores_are_no_numbers_is_not_saved_as_a_finished_one(base, tmp_path):
+    settings_of_one_step = {"train__epochs": 1, "train__batch_size": 32, "train__learning_rate": 1e38}
+    with pytest.raises(UserError, match="the scores of the held-out pairs are not all finite"):
+        reward_model.train(reward_model.build(settings(base, tmp_path / "run", **settings_of_one_step)))
     assert not (tmp_path / "run" / "reward_model").exists()
 
 

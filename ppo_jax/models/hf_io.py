@@ -295,14 +295,14 @@ def save_tensors(
     try:
         partial.mkdir(parents=True)
         _write_model(partial, model, tensors, {**config_changes, "dtype": jnp.dtype(dtype).name})
-        _set_aside_what_is_not_ours(directory, partial)
+        set_aside_what_is_not_ours(directory, partial)
         durable.publish(partial, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the model could not be written to {directory}: {error}") from error
 
 
-def _set_aside_what_is_not_ours(directory: Path, partial: Path) -> None:
+def set_aside_what_is_not_ours(directory: Path, partial: Path) -> None:
     """Rename a directory with files that the new export has not: someone else put them there."""
     others = sorted({path.name for path in directory.glob("*")} - {path.name for path in partial.iterdir()})
     if others:

@@ -21,6 +21,7 @@ from ppo_jax.models.lora import HEAD_MODULE, Adapter, Module, make_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+LARGEST = 1_000_000  # rank and α; no model is as wide, and their quotient stays far from the ends of float32
 # Fields that name or describe, or whose value counts only beside another that is refused. Dropout is off everywhere.
 HARMLESS = frozenset(
     """
@@ -29,7 +30,7 @@ HARMLESS = frozenset(
     """.split()  # noqa: SIM905
 )
 # The only values of these that leave the base as it is and the forward pass x W + (x A) B · scale. The values that an
-# adapter began with lie in its file, whatever they were drawn from; other kinds of init change the base as well.
+# adapter began with lie in its file, whatever they were drawn from; most other kinds of init change the base as well.
 ONLY = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
@@ -54,8 +55,8 @@ def open_adapter(path_or_id: str, model: ModelDirectory) -> AdapterDirectory:
         raise UserError(f"lora.path: {directory} is no PEFT adapter: it has no {CONFIG}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(fields).__name__}")
     if problems := list(_refused(fields, model)):
@@ -75,10 +76,10 @@ def open_adapter(path_or_id: str, model: ModelDirectory) -> AdapterDirectory:
 def _refused(fields: dict[str, Any], model: ModelDirectory) -> Iterator[str]:
     """What an `adapter_config.json` asks for beyond A, B, a rank, a scale and a list of modules."""
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
-    if type(rank) is not int or rank < 1:
-        yield f"r={rank!r}, expected a rank of at least 1"
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-        yield f"lora_alpha={alpha!r}, expected a number above 0"
+    if type(rank) is not int or not 1 <= rank <= LARGEST:
+        yield f"r={rank!r:.80}, expected a rank of 1 to {LARGEST}"
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= LARGEST:
+        yield f"lora_alpha={alpha!r:.80}, expected a number above 0, of at most {LARGEST}"
     if not isinstance(targets, str | list) or not all(isinstance(target, str) for target in targets):
         yield f"target_modules={targets!r}, expected a list of names or one expression"
     for name, allowed in ONLY.items():
@@ -154,7 +155,7 @@ def _is_of_the_base(file: Path, name: str, model: ModelDirectory) -> bool:
 def save_adapter(directory: Path, adapter: Adapter, lora: Params, *, base: str) -> None:
     """Write a directory that `peft.PeftModel.from_pretrained` loads onto the model `base`, float32.
 
-    It appears whole or not at all; an existing one is replaced.
+    It appears whole or not at all; an existing one is replaced, or kept aside as `hf_io.save_tensors` does it.
     """
     tensors = {}
     for module in adapter.modules:
@@ -182,6 +183,7 @@ def save_adapter(directory: Path, adapter: Adapter, lora: Params, *, base: str) 
         (partial / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
+        hf_io.set_aside_what_is_not_ours(directory, partial)
         durable.publish(partial, directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,26 +1,13 @@
 """How well scores tell preferred answers from others: accuracy with its uncertainty, and calibration."""
 
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from ppo_jax.intervals import wilson_interval
+
 BINS = 10
-CONFIDENCE = 0.95
-
-
-def wilson_interval(share: float, count: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of a true share of which `share` was observed in `count` independent trials.
-
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n) with z = Φ⁻¹((1 + confidence) / 2): unlike p ± z √(p(1 − p)/n)
-    it stays within [0, 1] and has a width where p is 0 or 1. Source: Wilson, "Probable Inference, the Law of
-    Succession, and Statistical Inference", 1927.
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    center = share + z**2 / (2 * count)
-    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return (center - half) / (1 + z**2 / count), (center + half) / (1 + z**2 / count)
 
 
 def calibration(leads: np.ndarray) -> list[dict[str, Any]]:

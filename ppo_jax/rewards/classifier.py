@@ -4,9 +4,10 @@ Texts are tokenised anew, by the reward model's own tokenizer. A score is the lo
 is not `pad_token_id` of its config.json, as in transformers' `...ForSequenceClassification`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -19,9 +20,14 @@ from ppo_jax.config import RewardConfig
 from ppo_jax.errors import UserError
 from ppo_jax.models.decoder import DecoderSpec, Params, hidden_states
 from ppo_jax.models.heads import ClassifierDirectory, head_values, label_head, load_classifier, open_classifier
+from ppo_jax.pairs import messages_of
+from ppo_jax.prompt_forms import MESSAGES, is_conversation
 from ppo_jax.tracing import bucket, note_compilation
 
 SMALLEST_BUCKET = 16
+
+Columns = Mapping[str, Sequence[Any]]
+NO_COLUMNS: Columns = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,9 @@ class RewardModel:
     head: Params  # {"kernel": [D], "bias": []} of the chosen label
     on_devices: ClassVar[bool] = True  # it computes on the run's devices: nothing else may start there meanwhile
 
-    def __call__(self, prompts: list[str], answers: list[str]) -> list[float]:
-        encoded = [self.encode(*pair) for pair in zip(prompts, answers, strict=True)]
+    def __call__(self, prompts: list[str], answers: list[str], columns: Columns = NO_COLUMNS) -> list[float]:
+        conversations = columns.get(MESSAGES, [None] * len(prompts))
+        encoded = [self.encode(*row) for row in zip(prompts, answers, conversations, strict=True)]
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores, size = np.zeros(len(encoded)), self.config.model_batch_size
         with jax.set_mesh(self.mesh):
@@ -49,11 +56,18 @@ class RewardModel:
                 scores[rows] = self._scores([encoded[i] for i in rows])
         return scores.tolist()
 
-    def encode(self, prompt: str, answer: str) -> list[int]:
-        """Token ids of one text, no more than the model can read; with `model_max_tokens` the last ones."""
+    def encode(self, prompt: str, answer: str, conversation: Any = None) -> list[int]:
+        """Token ids of one text, no more than the model can read; with `model_max_tokens` the last ones.
+
+        In a chat template the messages are those of `conversation`, where the prompt is one, or of the text, as
+        `ppo_jax.reward_model` makes them of a text.
+        """
         tokenizer, most = self.model.tokenizer, self.config.model_max_tokens
         if self.config.model_chat_template:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            if is_conversation(conversation, prompt):
+                messages = [*conversation, {"role": "assistant", "content": answer}]
+            else:
+                messages = messages_of(prompt, answer)
             tokens: Any = tokenizer.apply_chat_template(messages, return_dict=False)
         else:
             tokens = tokenizer(prompt + answer)["input_ids"]
