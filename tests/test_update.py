@@ -377,6 +377,7 @@ def test_a_decaying_learning_rate_ends_at_zero_where_steps_are_left_out(tiny, ex
         opt_state=optimizer.init(tiny.params),
         kl_coef=KL_COEF,
         score_moments=first_moments(jnp.float32),
+        skipped_in_a_row=jnp.int32(0),
     )
     changes = []
     for iteration in range(4):
