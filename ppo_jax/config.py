@@ -148,6 +148,14 @@ class RewardConfig(Section, frozen=True):
     time_limit_s: PositiveFloat | None = Field(
         default=None, description="seconds after which scoring a batch has failed, whatever scores it; null is never"
     )
+    function_retries: NonNegative = Field(
+        default=0, description="how often a function that raises is called again with the same answers"
+    )
+    max_dropped_frac: Annotated[float, Field(ge=0, lt=1), _Number] = Field(
+        default=0.0,
+        description="largest share of a batch that is left out of the iteration because a source has no finite number "
+        "for it; more, with 0 any, end the run",
+    )
     url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
         default=None, description="HTTP service that scores, JSON by POST; docs/reward_functions.md has the protocol"
     )

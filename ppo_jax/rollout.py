@@ -197,6 +197,11 @@ def _write_token(
     )
 
 
+def without(answers: Rollout, dropped: Bool[Array, " B"]) -> Rollout:
+    """The answers with those masked whole that are dropped: rows without a response token are in no mean."""
+    return replace(answers, response_mask=answers.response_mask & ~dropped[:, None])
+
+
 def crop(rollout: Rollout, length: int) -> Rollout:
     """The same answers with the response axis cut to `length`, which no answer exceeds."""
     return replace(

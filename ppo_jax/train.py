@@ -75,7 +75,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
 
     # 2. A reward source scores each answer: on the host, in the background, while the device computes step 3.
     questions, columns = for_each_answer(prompts, config.rollout.answers_per_prompt)
-    scores_when_done = start_scoring(run.reward, questions, texts, columns)
+    scores_when_done = start_scoring(run.reward, questions, texts, columns, may_drop=True)
 
     # 3. The KL between the policy and the frozen reference, exact and sampled, over response tokens only.
     with clock.phase("score"):
@@ -96,7 +96,8 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
     with clock.phase("reward_wait"), together("the reward"):
         scores = scores_when_done()
     with clock.phase("advantage"):
-        dtype = answers.behaviour_logprobs.dtype
+        dropped, dtype = sharding.place_rows(run.mesh, scores.dropped), answers.behaviour_logprobs.dtype
+        answers = rollout.without(answers, dropped)
         seq_scores, named_scores = jax.tree.map(  # [B]
             lambda x: sharding.place_rows(run.mesh, x.astype(dtype)), (scores.total, scores.named)
         )
@@ -147,7 +148,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
     not_finite.keep_batch(run.directory, step, stats, steps, kept, mesh=run.mesh, decode=decode)
     if step == 0:
         invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
-    observed |= {"time/reward_s": scores.seconds}
+    observed |= {"time/reward_s": scores.seconds, "reward/dropped_frac": float(jnp.mean(dropped, dtype=dtype))}
     return state, observed | update.summarise(stats) | clock.metrics(response_tokens=int(answers.response_mask.sum()))
 
 

@@ -41,6 +41,8 @@ ONLY = {
     "reward.functions": {},
     "reward.weights": {},
     "reward.url": None,
+    "reward.function_retries": 0,
+    "reward.max_dropped_frac": 0.0,
     "alarms.act": [],
     "alarms.stop": [],
 }

@@ -14,7 +14,7 @@ from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.monitor import not_finite
 from ppo_jax.resumed import load_resumed
-from tests.test_train import SMALL, run, vowel_share
+from tests.test_train import SMALL, bits, rows_without_times, run, vowel_share
 from tests.tiny import PROMPTS
 
 # Two optimizer steps in an iteration.
@@ -79,6 +79,30 @@ def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(one_bad_answer, tiny
         poisoned_run(tiny_model, tmp_path / "run", {1: [3]}, until=2)
     resumed, _ = poisoned_run(tiny_model, tmp_path / "run", {1: [3]}, resume=True)
     jax.tree.map(np.testing.assert_array_equal, resumed.state, one_bad_answer[0].state)
+
+
+def test_an_answer_that_is_dropped_is_in_no_number_and_in_no_step(tiny_model, tmp_path):
+    """Whatever stands for its missing score, the run is the same to the bit."""
+
+    def scored(missing):
+        def reward(prompts, answers):
+            rated = [float(len(answer)) for answer in answers]
+            return [missing if i in (2, 11) else score for i, score in enumerate(rated)]
+
+        return reward
+
+    changes = {"reward__max_dropped_frac": 0.125, "monitor__sample_every": 0}
+    nan, none = (
+        run(tiny_model, tmp_path / name, reward=scored(missing), **changes)
+        for name, missing in (("nan", float("nan")), ("none", None))
+    )
+    assert rows_without_times(nan) == rows_without_times(none)
+    assert bits(nan.state) == bits(none.state)
+    assert {row["reward/dropped_frac"] for row in nan.metrics} == {2 / 16}
+    assert all(row["score/q05"] > 0 for row in nan.metrics)  # a dropped score of 0 would be the smallest
+    assert nan.metrics[0]["update/skipped_steps"] == 0
+    with pytest.raises(UserError, match=r"expected a finite float of at most .* such answers may be left out"):
+        run(tiny_model, tmp_path / "less", reward=scored(None), reward__max_dropped_frac=0.1, monitor__sample_every=0)
 
 
 def test_three_skipped_steps_in_a_row_end_the_run_also_over_iterations_and_a_resume(tiny_model, tmp_path):

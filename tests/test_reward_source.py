@@ -222,9 +222,52 @@ def test_a_source_that_hangs_is_given_up_after_the_time_limit():
     never.set()
 
 
+def test_a_function_that_raises_is_called_again_as_often_as_it_may(caplog):
+    calls = []
+
+    def fails_twice(prompts, answers):
+        calls.append(answers)
+        if len(calls) < 3:
+            raise TimeoutError(f"no {len(calls)}")
+        return lengths(prompts, answers)
+
+    found = score_answers(Reward({"function": fails_twice}, function_retries=2), PROMPTS, ANSWERS)
+    np.testing.assert_array_equal(found.total, lengths(PROMPTS, ANSWERS))
+    assert calls == [ANSWERS] * 3
+    assert [record.message.partition("; ")[2] for record in caplog.records] == [
+        "it is called again, 2 times at most",
+        "it is called again, 1 times at most",
+    ]
+    calls.clear()
+    with pytest.raises(UserError, match="raised TimeoutError: no 2"):
+        score_answers(Reward({"function": fails_twice}, function_retries=1), PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "5", True])
+def test_an_answer_without_a_finite_score_is_dropped_where_the_caller_may_and_up_to_the_share_that_may_be(bad):
+    def one_is_bad(prompts, answers):
+        return [7.0, bad, 9.0]
+
+    def another_is_bad(prompts, answers):
+        return [float("nan"), 1.0, 1.0]
+
+    reward = Reward({"a": one_is_bad, "b": lengths}, max_dropped_frac=0.34)
+    found = start_scoring(reward, PROMPTS, ANSWERS, may_drop=True)()
+    assert found.dropped.tolist() == [False, True, False]
+    expected = np.array([7.0, 0.0, 9.0]) + np.where(found.dropped, 0, lengths(PROMPTS, ANSWERS))
+    np.testing.assert_array_equal(found.total, expected.astype(np.float32))
+    for refused, may_drop in (
+        (reward, False),
+        (Reward({"a": one_is_bad}, max_dropped_frac=0.3), True),
+        (Reward({"a": one_is_bad, "b": another_is_bad}, max_dropped_frac=0.34), True),  # two of three together
+    ):
+        with pytest.raises(UserError, match=r"no finite score|expected a finite float"):
+            start_scoring(refused, PROMPTS, ANSWERS, may_drop=may_drop)()
+
+
 def test_the_time_limit_counts_from_the_start_of_the_scoring_not_of_the_wait_for_it(monkeypatch):
     clock, waits = iter([100.0, 107.0, 150.0]), []
-    scores = source.Scores(np.zeros(3, np.float32), {}, 0.0)
+    scores = source.Scores(np.zeros(3, np.float32), {}, np.zeros(3, bool), 0.0)
     never_done = SimpleNamespace(result=lambda seconds: waits.append(seconds) or scores)
     monkeypatch.setattr(source, "in_background", lambda work: never_done)
     monkeypatch.setattr(source, "time", SimpleNamespace(monotonic=lambda: next(clock)))

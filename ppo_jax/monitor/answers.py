@@ -54,12 +54,15 @@ def pick(step: int, scores: np.ndarray, seq_kl: np.ndarray, lengths: np.ndarray,
     Shapes: all [B]; scores in the units of the source, KL in nats, lengths in tokens. The random ones are a function of
     seed and step.
     """
-    random = np.random.default_rng([seed, step]).permutation(len(scores))[:AT_RANDOM]
+    there = np.flatnonzero(lengths)  # an answer without a token was left out of the iteration
+    if not len(there):
+        return {}
+    random = np.random.default_rng([seed, step]).permutation(there)[:AT_RANDOM]
     reasons = {
-        "best": [np.argmax(scores)],
-        "worst": [np.argmin(scores)],
-        "longest": [np.argmax(lengths)],
-        "most divergent": [np.argmax(seq_kl)],
+        "best": [there[np.argmax(scores[there])]],
+        "worst": [there[np.argmin(scores[there])]],
+        "longest": [there[np.argmax(lengths[there])]],
+        "most divergent": [there[np.argmax(seq_kl[there])]],
         "random": random,
     }
     picked: dict[int, list[str]] = {}

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import inspect
+import logging
 import numbers
 import sys
 import time
@@ -22,6 +23,8 @@ from ppo_jax.errors import UserError
 from ppo_jax.rewards.background import in_background
 from ppo_jax.rewards.http import HttpReward
 
+log = logging.getLogger("ppo_jax")
+
 # float32 keeps no larger number, and its square must not overflow either.
 LARGEST_SCORE = 1e18
 # What the scores of `reward.function`, `reward.url` and `reward.model` are called.
@@ -40,6 +43,7 @@ class Scores:
 
     total: np.ndarray  # float32 [B], the weighted sum: what the policy is trained on
     named: dict[str, np.ndarray]  # float32 [B] each, before their weights; one entry at least
+    dropped: np.ndarray  # bool [B], answers that a source has no finite number for; their scores are 0 and say nothing
     seconds: float  # that the sources took
 
 
@@ -50,6 +54,8 @@ class Reward:
     sources: dict[str, RewardFunction]
     weights: dict[str, float] = field(default_factory=dict)
     time_limit_s: float | None = None
+    function_retries: int = 0
+    max_dropped_frac: float = 0.0
 
     @cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -62,8 +68,9 @@ class Reward:
 def open_reward(config: RewardConfig, given: RewardFunction | None = None) -> Reward:
     """All sources that are set but a reward model, or the given function alone; `reward.function` is that of a run that
     sets no other."""
+    limits = {name: getattr(config, name) for name in ("time_limit_s", "function_retries", "max_dropped_frac")}
     if given is not None:
-        return Reward({FUNCTION: given}, config.weights, config.time_limit_s)
+        return Reward({FUNCTION: given}, config.weights, **limits)
     sources: dict[str, RewardFunction] = {
         name: load_function(target, key=f"reward.functions: {name}") for name, target in config.functions.items()
     }
@@ -76,7 +83,7 @@ def open_reward(config: RewardConfig, given: RewardFunction | None = None) -> Re
         )
     if not sources and config.model is None:
         sources[FUNCTION] = load_function(config.function)
-    return Reward(sources, config.weights, config.time_limit_s)
+    return Reward(sources, config.weights, **limits)
 
 
 def load_function(name: str, *, key: str = "reward.function") -> RewardFunction:
@@ -99,17 +106,18 @@ def load_function(name: str, *, key: str = "reward.function") -> RewardFunction:
 
 
 def start_scoring(
-    reward: Reward, prompts: list[str], answers: list[str], columns: Columns | None = None
+    reward: Reward, prompts: list[str], answers: list[str], columns: Columns | None = None, *, may_drop: bool = False
 ) -> Callable[[], Scores]:
     """Begin to score B answers in a thread, so that the device need not wait; what is returned waits for the scores.
 
+    Where the caller may drop answers, those without a finite number are marked, up to the share that the reward allows.
     `columns` holds B entries under each name. A thread knows nothing of the run's mesh: what a source computes with JAX
     stays on its own device and process. A source that says `on_devices` is waited for at once: it computes on several
     of the run's devices, and programs that two threads start there could wait for one another for ever.
     """
     limit = reward.time_limit_s
     end = None if limit is None else time.monotonic() + limit
-    scoring = in_background(partial(_scores, reward, prompts, answers, columns or {}))
+    scoring = in_background(partial(_scores, reward, prompts, answers, columns or {}, may_drop=may_drop))
 
     def left() -> float | None:
         return None if end is None else max(0.0, end - time.monotonic())
@@ -130,14 +138,19 @@ def score_answers(reward: Reward, prompts: list[str], answers: list[str], column
     return start_scoring(reward, prompts, answers, columns)()
 
 
-def _scores(reward: Reward, prompts: list[str], answers: list[str], columns: Columns) -> Scores:
+def _scores(reward: Reward, prompts: list[str], answers: list[str], columns: Columns, *, may_drop: bool) -> Scores:
     started = time.perf_counter()
     named: dict[str, np.ndarray] = {}
+    dropped = np.zeros(len(answers), bool)
+    allowed = int(reward.max_dropped_frac * len(answers)) if may_drop else 0
     for source, returned in _returned(reward, prompts, answers, columns).items():
         for name, values in (returned if isinstance(returned, Mapping) else {source: returned}).items():
             if not isinstance(name, str) or name in named or name in RESERVED_NAMES:
                 raise UserError(f"{_called(source)} returned a score named {name!r}: that is no text, or taken already")
-            named[name] = checked_scores(values, prompts, answers, of=_called(source))
+            named[name], bad = checked_scores(values, prompts, answers, of=_called(source), allowed=allowed)
+            dropped |= bad
+    if dropped.sum() > allowed:
+        raise UserError(f"{dropped.sum()} answers have no finite score; reward.max_dropped_frac allows {allowed}")
     if unknown := sorted(set(reward.weights) - set(named)):
         raise UserError(
             f"reward.weights: no score is called {', '.join(unknown)}; there are {', '.join(named) or 'none'}"
@@ -146,7 +159,7 @@ def _scores(reward: Reward, prompts: list[str], answers: list[str], columns: Col
     total = np.sum(weighted, axis=0)
     if not named or not np.all(np.abs(total) <= LARGEST_SCORE):
         raise UserError(f"the sum of the scores {', '.join(named) or '(there are none)'} is beyond {LARGEST_SCORE:g}")
-    return Scores(np.asarray(total, np.float32), named, time.perf_counter() - started)
+    return Scores(np.where(dropped, 0, total).astype(np.float32), named, dropped, time.perf_counter() - started)
 
 
 def _returned(reward: Reward, prompts: list[str], answers: list[str], columns: Columns) -> dict[str, Any]:
@@ -155,7 +168,7 @@ def _returned(reward: Reward, prompts: list[str], answers: list[str], columns: C
     try:
         for source, function in reward.sources.items():
             with _failures_of(source):
-                returned[source] = _call(function, prompts, answers, columns)
+                returned[source] = _tried(reward, source, partial(_call, function, prompts, answers, columns))
         waiting = {source: value for source, value in returned.items() if inspect.isawaitable(value)}
         if waiting:
             results = reward.loop.run_until_complete(_together(list(waiting.values())))
@@ -169,6 +182,23 @@ def _returned(reward: Reward, prompts: list[str], answers: list[str], columns: C
             if inspect.iscoroutine(value):  # never awaited, because another source failed first
                 value.close()
     return returned
+
+
+def _tried(reward: Reward, source: str, call: Callable[[], Any]) -> Any:
+    """What a source returns, called again while it raises and `function_retries` are left; one behind HTTP has its own.
+
+    An asynchronous function is called once here and awaited later: its retries are its own business too.
+    """
+    for left in reversed(range(reward.function_retries + 1)):
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as error:
+            if left == 0:
+                raise
+            log.warning("warning: %s raised %r; it is called again, %d times at most", _called(source), error, left)
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
 async def _together(waiting: list[Awaitable[Returned]]) -> list[Returned | BaseException]:
@@ -205,32 +235,44 @@ def _call(function: RewardFunction, prompts: list[str], answers: list[str], colu
     return function(*given)
 
 
-def checked_scores(scores: Any, prompts: list[str], answers: list[str], *, of: str) -> np.ndarray:
-    """Scores [B], float32, of what a source returned; anything but B finite numbers is refused with its answer."""
+def checked_scores(
+    scores: Any, prompts: list[str], answers: list[str], *, of: str, allowed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores [B], float32, which of them are no finite numbers, bool [B]) of what a source returned.
+
+    Anything but B finite numbers is refused with its answer, but for `allowed` of them, which are 0.
+    """
     try:
         count = len(scores)
     except TypeError:
         raise UserError(f"{of} returned {type(scores).__name__}, expected {len(answers)} floats") from None
     if count != len(answers):
         raise UserError(f"{of} returned {count} scores for {len(answers)} answers")
+    bad = np.zeros(count, bool)
     for i, score in enumerate(cast(Sequence[float], scores)):
         is_number = isinstance(score, numbers.Real | np.floating | np.integer) and not isinstance(
             score, bool | np.bool_
         )
         if not is_number or not abs(score) <= LARGEST_SCORE:
-            raise UserError(
+            bad[i] = True
+            message = (
                 f"{of} returned {score!r} for answer {i}, expected a finite float of at most {LARGEST_SCORE:g}. The "
                 f"answer was {answers[i]!r} to {prompts[i]!r}"
             )
-    return np.asarray([float(score) for score in scores], np.float32)
+            if bad.sum() > allowed:
+                raise UserError(message + (f"; {allowed} such answers may be left out" if allowed else ""))
+            log.warning("warning: %s; it is left out of this iteration", message)
+    finite = [0.0 if is_bad else float(score) for is_bad, score in zip(bad, scores, strict=True)]
+    return np.asarray(finite, np.float32), bad
 
 
 def audit(seq_scores: np.ndarray, lengths: np.ndarray) -> list[str]:
     """Warnings when the scores of a batch cannot teach much, or teach something else: all equal, only two values, one
     answer that outweighs the rest, or scores that go with the length of the answer.
 
-    Shapes: both [B]; scores in the units of the source, lengths in tokens.
+    Shapes: both [B]; scores in the units of the source, lengths in tokens. Answers of length 0 were left out.
     """
+    seq_scores, lengths = seq_scores[lengths > 0], lengths[lengths > 0]
     values, count = np.unique(seq_scores), len(seq_scores)
     if len(values) == 1:
         return [f"all {count} scores are {values[0]:g}: no answer beats another, nothing can be learned"]
