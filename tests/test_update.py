@@ -389,3 +389,10 @@ def test_a_decaying_learning_rate_ends_at_zero_where_steps_are_left_out(tiny, ex
     assert [len(steps) for steps in changes] == [1, 1, 1, 1]
     rates = [steps[0] / changes[0][0] for steps in changes]
     assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25], rel=1e-3)
+
+
+def test_a_maximum_over_steps_does_not_hide_the_step_that_was_no_number():
+    """Python's own max() says 1.2 here, and the ratio is what a skipped step sends people to look for."""
+    steps = [{"policy/ratio_max": 1.2}, {"policy/ratio_max": float("nan")}]
+    assert np.isnan(update.summarise(steps)["policy/ratio_max"])
+    assert update.summarise(steps[:1])["policy/ratio_max"] == 1.2
