@@ -430,3 +430,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_what_two_sav
     [step] = checkpoint.saved_steps(tmp_path / "checkpoints")
     assert saved == [f"saved {step}\n"] * 2
     assert restored_step(tmp_path / "checkpoints") == step > 20
+
+
+def test_the_soak_finds_everything_that_it_watches():
+    with python("-c", "from benchmarks.soak import Phases; Phases().watch()", stderr=subprocess.PIPE) as process:
+        said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
