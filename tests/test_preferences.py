@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_jax.intervals import wilson_interval
-from ppo_jax.monitor.preferences import calibration, calibration_error, preference_metrics
+from ppo_jax.monitor.preferences import calibration, calibration_error, plot_calibration, preference_metrics
 from ppo_jax.ops.preferences import bradley_terry_loss, centring_loss
 
 LENGTH = 4
@@ -115,3 +115,23 @@ def test_the_numbers_of_some_pairs_are_those_of_a_loop():
     assert found["evaluation/preference_loss"] == pytest.approx(sum(losses) / 4)
     assert found["evaluation/score_mean"] == 6 / 8
     assert found["evaluation/lead_mean"] == 0.25
+
+
+def test_the_plot_has_a_point_for_every_bin_and_counts_its_pairs(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    rows = calibration(np.array([0.1, -0.1, 3.0, 4.0, 4.5]))
+    plot_calibration(rows, tmp_path / "calibration.png")
+    monkeypatch.undo()
+    assert (tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    (axis,) = drawn[0].axes
+    (points,) = (line for line in axis.lines if line.get_label() == "held out")
+    expected = [(row["predicted"], row["observed"]) for row in rows]
+    np.testing.assert_allclose(points.get_xydata(), expected)
+    assert [text.get_text() for text in axis.texts] == [str(row["pairs"]) for row in rows]
+    plt.close(drawn[0])
