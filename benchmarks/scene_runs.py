@@ -39,6 +39,7 @@ OF_SCENES = UNWATCHED | {
 HEALTHY = UNWATCHED | {"run.iterations": 15, "rollout.batch_size": 32, "update.minibatch_size": 16}
 FAST = {"update.learning_rate": 2e-3, "kl.coef": 0.0}
 FROZEN = optax.with_extra_args_support(optax.set_to_zero())  # one object, so that it is compiled once
+STALE_FROM = 3  # iteration
 RECIPES = ("adaptive_kl", "exact_kl", "group_leave_one_out", "critic_value_head")
 
 
@@ -87,15 +88,16 @@ def always_one(prompts: list[str], answers: list[str]) -> list[float]:
 
 
 def score_fell(row: Row, first: Row) -> bool:
-    """By most of a first deviation: of a policy that never changes, 16 answers an iteration, one run in 50 has this for
-    three rows in a row."""
-    return row["score/mean"] < first["score/mean"] - 0.75 * first["score/std"]
+    """By half of the first deviation: the means of 16 answers of a policy that never changes are so low for three rows
+    in a row in one run of 18. A ruined policy's texts are scored 0, which is 0.7 deviations less than at first.
+    """
+    return row["score/mean"] < first["score/mean"] - 0.5 * first["score/std"]
 
 
 def gold_fell(row: Row, first: Row) -> bool:
     """The same of the score that is only looked at."""
     mean, squared = first["score/gold_mean"], first["score/gold_squared_mean"]
-    return row["score/gold_mean"] < mean - 0.75 * math.sqrt(max(squared - mean * mean, 0.0))
+    return row["score/gold_mean"] < mean - 0.5 * math.sqrt(max(squared - mean * mean, 0.0))
 
 
 SCENES: dict[str, Scene] = {
@@ -131,7 +133,7 @@ SCENES: dict[str, Scene] = {
         "score_up_text_decays",
         exclamations_and_gold,
         gold_fell,
-        "the true score down by 0.75 of its first deviation",
+        "the true score down by half of its first deviation",
         FAST | {"reward.weights": {"proxy": 1.0, "gold": 0.0, "gold_squared": 0.0}},
     ),
     "learning rate 1e-12": Scene(
@@ -144,7 +146,7 @@ SCENES: dict[str, Scene] = {
         "kl_runaway",
         vader_compound,
         score_fell,
-        "the score down by 0.75 of its first deviation",
+        "the score down by half of its first deviation",
         {"update.learning_rate": 0.2},
     ),
     "entropy collapse": Scene(
@@ -154,7 +156,13 @@ SCENES: dict[str, Scene] = {
         "entropy below a quarter",
         {"update.learning_rate": 4e-3, "kl.coef": 0.0},
     ),
-    "stale rollout": Scene("rollout_mismatch", vader_compound, breaks="rollout"),
+    "stale rollout": Scene(
+        "rollout_mismatch",
+        vader_compound,
+        lambda row, first: row["step"] >= STALE_FROM,
+        "answers are of other weights",
+        breaks="rollout",
+    ),
 }
 
 
@@ -203,11 +211,11 @@ def _rows(config: Config, scene: Scene | None) -> list[Row]:
 
 @contextmanager
 def _broken(what: str) -> Iterator[None]:
-    """`rollout`: from the fourth iteration on the answers are those of weights that are 2% off."""
+    """`rollout`: from iteration `STALE_FROM` on the answers are those of weights that are 2% off."""
     original = train.answer
 
     def stale(run: Any, state: Any, *arguments: Any, step: int, **keywords: Any) -> Any:
-        if step >= 3:
+        if step >= STALE_FROM:
             state = replace(state, params=jax.tree.map(lambda x: x * 1.02, state.params))
         return original(run, state, *arguments, step=step, **keywords)
 

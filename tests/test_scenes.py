@@ -37,9 +37,9 @@ def unchanging(seed, iterations=12):
 
 
 @pytest.mark.parametrize("name", ["gameable proxy", "learning rate x 1000"])
-def test_a_policy_that_never_changes_does_no_harm_to_its_score_in_nineteen_of_twenty_runs(name):
+def test_a_policy_that_never_changes_does_no_harm_to_its_score_in_nine_of_ten_runs(name):
     found = [scenes.harmed(SCENES[name], unchanging(seed), lasting=PATIENCE) for seed in range(500)]
-    assert sum(step is not None for step in found) < 500 / 20
+    assert sum(step is not None for step in found) < 500 / 10
 
 
 def test_harm_begins_with_the_first_row_of_the_first_streak_that_is_as_long_as_the_patience():
