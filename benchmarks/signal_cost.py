@@ -86,7 +86,7 @@ def main() -> None:
     print(f"medians of {len(whole)} iterations of {answers} answers, {np.median(whole):.3g} s each")
     for name, seconds in parts.items():
         kept = np.array(seconds)[2:]
-        print(f"{name}: {1e3 * np.median(kept):.3g} ms, {np.median(kept / whole):.2%} of an iteration")
+        print(f"{name}: {1e3 * np.median(kept):.3g} ms, {100 * np.median(kept / whole):.2g}% of an iteration")
 
 
 if __name__ == "__main__":
