@@ -97,6 +97,7 @@ def scene_table(judged: list[dict[str, Any]]) -> list[list[str]]:
         runs = [found for found in judged if found["name"] == name]
         seen, harms = ([found[key] for found in runs if found[key] is not None] for key in ("detected", "harm"))
         leads = [x["harm"] - x["detected"] for x in runs if x["harm"] is not None and x["detected"] is not None]
+        any_alarm = [min(found["heard"].values()) for found in runs if found["heard"]]
         others = Counter(alarm for found in runs for alarm in found["heard"] if alarm != scene.expected)
         lines.append(
             [
@@ -104,6 +105,7 @@ def scene_table(judged: list[dict[str, Any]]) -> list[list[str]]:
                 scene.expected + (f": {scene.cause}" if scene.cause else ""),
                 rate(len(seen), len(runs)),
                 f"{median(seen):g}" if seen else "",
+                f"{median(any_alarm):g}" if any_alarm else "",
                 scene.harm_is,
                 f"{median(harms):g} ({len(harms)} runs)" if harms else "" if scene.harm else "the last",
                 f"{min(leads):+d} to {max(leads):+d}, median {median(leads):+g}" if leads else "",
@@ -118,6 +120,7 @@ SCENE_HEAD = [
     "expected alarm",
     "detected (95%)",
     "in iteration",
+    "any alarm in",
     "harm",
     "in iteration",
     "lead",
