@@ -177,9 +177,10 @@ def settings_of(name: str, seed: int) -> dict[str, Any]:
     return own | {"run.seed": seed}
 
 
-def config_of(name: str, seed: int) -> Config:
+def config_of(name: str, seed: int, *, patience: int = 3) -> Config:
+    """Of a run; the patience of its alarms changes nothing but what is made of its rows."""
     recipe = None if name in SCENES or name == "default" else f"configs/recipes/{name}.yaml"
-    return load(recipe, settings_of(name, seed))
+    return load(recipe, settings_of(name, seed) | {"alarms.patience": patience})
 
 
 def run(name: str, config: Config) -> list[Row]:

@@ -21,6 +21,7 @@ from ppo_jax import durable, jsonl
 from ppo_jax.monitor import alarms
 
 Line = dict[str, Any]  # of FILE: name, seed, settings, rows
+LASTING = 3  # rows in a row that are harm
 
 
 def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
@@ -33,9 +34,9 @@ def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def judge(name: str, seed: int, rows: Sequence[Row]) -> dict[str, Any]:
+def judge(name: str, seed: int, rows: Sequence[Row], patience: int) -> dict[str, Any]:
     """What the alarms say of a run, row by row as if it were going on, and when its harm began."""
-    config = config_of(name, seed)
+    config = config_of(name, seed, patience=patience)
     heard = [alarm for end in range(1, len(rows) + 1) for alarm in alarms.raised(rows[:end], {}, config, {})]
     first = {scene: min(a.step for a in heard if a.scene == scene) for scene in {alarm.scene for alarm in heard}}
     found = {"name": name, "seed": seed, "iterations": len(rows), "heard": dict(sorted(first.items()))}
@@ -43,15 +44,15 @@ def judge(name: str, seed: int, rows: Sequence[Row]) -> dict[str, Any]:
     if scene is None:
         return found
     right = [alarm.step for alarm in heard if alarm.scene == scene.expected and scene.cause in alarm.cause]
-    return found | {"detected": min(right, default=None), "harm": harmed(scene, rows, lasting=config.alarms.patience)}
+    return found | {"detected": min(right, default=None), "harm": harmed(scene, rows)}
 
 
-def harmed(scene: Scene, rows: Sequence[Row], *, lasting: int) -> int | None:
-    """The first iteration of the first harm that lasts; it waits as alarms do, for one row of 16 answers is noise."""
+def harmed(scene: Scene, rows: Sequence[Row]) -> int | None:
+    """The first iteration of the first harm that lasts: one row of 16 answers is noise."""
     if scene.harm is None:
         return None
     bad = [scene.harm(row, rows[0]) for row in rows]
-    return next((rows[i]["step"] for i in range(len(rows) - lasting + 1) if all(bad[i : i + lasting])), None)
+    return next((rows[i]["step"] for i in range(len(rows) - LASTING + 1) if all(bad[i : i + LASTING])), None)
 
 
 def read(file: Path) -> list[Line]:
@@ -171,15 +172,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=seeds_of, default=seeds_of("0-9"), help="0-9, or 100,101")
     parser.add_argument("--json", type=Path, required=True, help="one line for each run; continued where it is there")
     parser.add_argument("--judge", action="store_true", help="run nothing, judge what FILE holds")
+    parser.add_argument("--patience", type=int, default=3, help="alarms.patience that is judged with")
     parser.add_argument("--result", type=Path, help="write here what was judged of each run, and the machine")
     arguments = parser.parse_args()
     if not arguments.judge:
         run_the_rest(arguments.json, arguments.scenes, arguments.seeds)
     lines = asked(read(arguments.json), arguments.scenes, arguments.seeds)
-    judged = [judge(line["name"], line["seed"], line["rows"]) for line in lines]
+    judged = [judge(line["name"], line["seed"], line["rows"], arguments.patience) for line in lines]
     print_tables(judged)
     if arguments.result is not None:
-        arguments.result.write_text(json.dumps(machine() | {"runs": judged}, indent=1) + "\n")
+        arguments.result.write_text(json.dumps(machine() | {"patience": arguments.patience, "runs": judged}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

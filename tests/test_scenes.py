@@ -10,8 +10,6 @@ from benchmarks.scene_runs import RECIPES, SCENES, healthy_of, settings_of
 from ppo_jax import jsonl
 from tests.test_alarms import healthy
 
-PATIENCE = 3
-
 
 def of_lengths(*lengths):
     """What the harm of `reward is minus the length` reads."""
@@ -38,15 +36,15 @@ def unchanging(seed, iterations=12):
 
 @pytest.mark.parametrize("name", ["gameable proxy", "learning rate x 1000"])
 def test_a_policy_that_never_changes_does_no_harm_to_its_score_in_nine_of_ten_runs(name):
-    found = [scenes.harmed(SCENES[name], unchanging(seed), lasting=PATIENCE) for seed in range(500)]
+    found = [scenes.harmed(SCENES[name], unchanging(seed)) for seed in range(500)]
     assert sum(step is not None for step in found) < 500 / 10
 
 
-def test_harm_begins_with_the_first_row_of_the_first_streak_that_is_as_long_as_the_patience():
+def test_harm_begins_with_the_first_row_of_the_first_streak_of_three():
     scene = SCENES["reward is minus the length"]
 
     def harm(*lengths):
-        return scenes.harmed(scene, of_lengths(*lengths), lasting=PATIENCE)
+        return scenes.harmed(scene, of_lengths(*lengths))
 
     assert harm(20, 9, 9, 20, 9, 9, 9, 9) == 4
     assert harm(20, 9, 9, 20, 9, 9) is None
@@ -93,8 +91,9 @@ def test_a_scene_is_detected_only_by_its_own_alarm_with_its_own_cause():
     rows = [healthy(step) for step in range(12)]
     still = {"kl/token_nats": 0.0, "kl/seq_nats": 0.0, "update/param_rel_change": 0.0}
     rows = rows[:1] + [row | still for row in rows[1:]]
-    assert scenes.judge("frozen parameters", 0, rows)["detected"] == 4
+    assert scenes.judge("frozen parameters", 0, rows, 3)["detected"] == 4
+    assert scenes.judge("frozen parameters", 0, rows, 1)["detected"] == 2
     for name in ("beta 1000", "learning rate x 1000"):
-        judged = scenes.judge(name, 0, rows)
+        judged = scenes.judge(name, 0, rows, 3)
         assert judged["heard"] == {"not_moving": 4}
         assert judged["detected"] is None
