@@ -181,7 +181,9 @@ def main() -> None:
     judged = [judge(line["name"], line["seed"], line["rows"], arguments.patience) for line in lines]
     print_tables(judged)
     if arguments.result is not None:
-        arguments.result.write_text(json.dumps(machine() | {"patience": arguments.patience, "runs": judged}, indent=1) + "\n")
+        arguments.result.write_text(
+            json.dumps(machine() | {"patience": arguments.patience, "runs": judged}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
