@@ -1,10 +1,13 @@
 """The runs of `benchmarks.scenes`: on the embedded model, each failure on purpose, and healthy recipes.
 
-A run here is shorter and smaller than a recipe, with a learning rate that brings its failure within a dozen iterations.
+A scene is shorter and smaller than a recipe, most with a learning rate that brings the failure within a dozen
+iterations. A healthy run has its recipe's learning rate, epochs and answers' length, and half of the default's batch,
+minibatch and iterations: 60 optimizer steps of the 120.
 """
 
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,27 +21,31 @@ import optax
 from ppo_jax import build, train
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
+from ppo_jax.errors import UserError
+from ppo_jax.monitor.sinks import read_rows
 from ppo_jax.rewards.sentiment import vader_compound
 
 Row = dict[str, Any]
 Score = Callable[[list[str], list[str]], Any]
 
-SMALL = {
+UNWATCHED = {"monitor.sample_every": 0, "monitor.tensorboard": False}
+OF_SCENES = UNWATCHED | {
+    "run.iterations": 12,
     "rollout.batch_size": 16,
     "rollout.max_new_tokens": 32,
     "update.minibatch_size": 16,
     "update.epochs": 1,
-    "monitor.sample_every": 0,
-    "monitor.tensorboard": False,
 }
+HEALTHY = UNWATCHED | {"run.iterations": 15, "rollout.batch_size": 32, "update.minibatch_size": 16}
 FAST = {"update.learning_rate": 2e-3, "kl.coef": 0.0}
-FROZEN = optax.set_to_zero()  # one object, so that it is compiled once
+FROZEN = optax.with_extra_args_support(optax.set_to_zero())  # one object, so that it is compiled once
+STALE_FROM = 3  # iteration
 RECIPES = ("adaptive_kl", "exact_kl", "group_leave_one_out", "critic_value_head")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A failure on purpose: which alarm must see it, how it is provoked, and from which row on it has done harm."""
+    """A failure on purpose: which alarm must see it, how it is provoked, and what in a row is the harm it does."""
 
     expected: str  # the alarm's scene
     score: Score
@@ -70,12 +77,27 @@ def share_of_the(prompts: list[str], answers: list[str]) -> list[float]:
 
 
 def exclamations_and_gold(prompts: list[str], answers: list[str]) -> dict[str, list[float]]:
-    """The proxy that is trained on, and the score that is meant and only looked at (its weight is 0)."""
-    return {"proxy": [answer.count("!") / 5 for answer in answers], "gold": vader_compound(prompts, answers)}
+    """The proxy that is trained on, and the score that is meant and only looked at (its weight is 0), with its square:
+    rows have means alone, and its first deviation is wanted."""
+    gold = vader_compound(prompts, answers)
+    return {"proxy": [answer.count("!") / 5 for answer in answers], "gold": gold, "gold_squared": [x * x for x in gold]}
 
 
 def always_one(prompts: list[str], answers: list[str]) -> list[float]:
     return [1.0] * len(answers)
+
+
+def score_fell(row: Row, first: Row) -> bool:
+    """By half of the first deviation: the means of 16 answers of a policy that never changes are so low for three rows
+    in a row in one run of 18. A ruined policy's texts are scored 0, which is 0.7 deviations less than at first.
+    """
+    return row["score/mean"] < first["score/mean"] - 0.5 * first["score/std"]
+
+
+def gold_fell(row: Row, first: Row) -> bool:
+    """The same of the score that is only looked at."""
+    mean, squared = first["score/gold_mean"], first["score/gold_squared_mean"]
+    return row["score/gold_mean"] < mean - 0.5 * math.sqrt(max(squared - mean * mean, 0.0))
 
 
 SCENES: dict[str, Scene] = {
@@ -110,9 +132,9 @@ SCENES: dict[str, Scene] = {
     "gameable proxy": Scene(
         "score_up_text_decays",
         exclamations_and_gold,
-        lambda row, first: row["score/gold_mean"] < first["score/gold_mean"] / 2,
-        "the true score below half",
-        FAST | {"reward.weights": {"proxy": 1.0, "gold": 0.0}},
+        gold_fell,
+        "the true score down by half of its first deviation",
+        FAST | {"reward.weights": {"proxy": 1.0, "gold": 0.0, "gold_squared": 0.0}},
     ),
     "learning rate 1e-12": Scene(
         "not_moving", vader_compound, overrides={"update.learning_rate": 1e-12}, cause="learning rate"
@@ -123,8 +145,8 @@ SCENES: dict[str, Scene] = {
     "learning rate x 1000": Scene(
         "kl_runaway",
         vader_compound,
-        lambda row, first: row["score/mean"] < first["score/mean"] / 2,
-        "the score below half",
+        score_fell,
+        "the score down by half of its first deviation",
         {"update.learning_rate": 0.2},
     ),
     "entropy collapse": Scene(
@@ -134,7 +156,13 @@ SCENES: dict[str, Scene] = {
         "entropy below a quarter",
         {"update.learning_rate": 4e-3, "kl.coef": 0.0},
     ),
-    "stale rollout": Scene("rollout_mismatch", vader_compound, breaks="rollout"),
+    "stale rollout": Scene(
+        "rollout_mismatch",
+        vader_compound,
+        lambda row, first: row["step"] >= STALE_FROM,
+        "answers are of other weights",
+        breaks="rollout",
+    ),
 }
 
 
@@ -143,18 +171,24 @@ def healthy_of(seed: int) -> tuple[str, ...]:
     return ("default", RECIPES[seed % len(RECIPES)], RECIPES[(seed + 2) % len(RECIPES)])
 
 
-def config_of(name: str, seed: int, iterations: int) -> Config:
-    """Of a scene, or of a healthy recipe, which trains as it always does but in the small shapes."""
-    settings = SMALL | {"run.seed": seed, "run.iterations": iterations}
-    if name in SCENES:
-        return load(overrides=settings | SCENES[name].overrides)
-    file = None if name == "default" else f"configs/recipes/{name}.yaml"
-    return load(file, settings | {"update.epochs": 2})
+def settings_of(name: str, seed: int) -> dict[str, Any]:
+    """What a scene sets of the default, or a healthy run beside its recipe."""
+    own = OF_SCENES | SCENES[name].overrides if name in SCENES else HEALTHY
+    return own | {"run.seed": seed}
 
 
-def run(name: str, seed: int, iterations: int) -> list[Row]:
-    """The rows of `metrics.jsonl`, without its times, of a scene or a healthy recipe."""
-    scene, config = SCENES.get(name), config_of(name, seed, iterations)
+def config_of(name: str, seed: int, *, patience: int = 3) -> Config:
+    """Of a run; the patience of its alarms changes nothing but what is made of its rows."""
+    recipe = None if name in SCENES or name == "default" else f"configs/recipes/{name}.yaml"
+    return load(recipe, settings_of(name, seed) | {"alarms.patience": patience})
+
+
+def run(name: str, config: Config) -> list[Row]:
+    """The rows of `metrics.jsonl`, without its times, of a scene or a healthy recipe.
+
+    Those until then, where numbers that were not finite ended the run.
+    """
+    scene = SCENES.get(name)
     with _broken("" if scene is None else scene.breaks), contextlib.redirect_stdout(io.StringIO()):
         rows = _rows(config, scene)
     return [{key: x for key, x in row.items() if not key.startswith(("time/", "throughput/"))} for row in rows]
@@ -168,16 +202,21 @@ def _rows(config: Config, scene: Scene | None) -> list[Row]:
             run, state = replace(run, optimizer=FROZEN), replace(state, opt_state=FROZEN.init(state.params))
         # One shape for answers of any length: compiling would take longer than the runs.
         with mock.patch.object(train, "bucket", lambda length, *, smallest, largest: largest):
-            return train.train(run, state).metrics
+            try:
+                train.train(run, state)
+            except UserError as error:
+                if "not finite" not in str(error):
+                    raise
+        return read_rows(run.directory / "metrics.jsonl")
 
 
 @contextmanager
 def _broken(what: str) -> Iterator[None]:
-    """`rollout`: from the fourth iteration on the answers are those of weights that are 2% off."""
+    """`rollout`: from iteration `STALE_FROM` on the answers are those of weights that are 2% off."""
     original = train.answer
 
     def stale(run: Any, state: Any, *arguments: Any, step: int, **keywords: Any) -> Any:
-        if step >= 3:
+        if step >= STALE_FROM:
             state = replace(state, params=jax.tree.map(lambda x: x * 1.02, state.params))
         return original(run, state, *arguments, step=step, **keywords)
 

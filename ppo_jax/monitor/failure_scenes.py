@@ -28,8 +28,8 @@ BASELINE = frozenset(
 KL_CAP_NATS_PER_TOKEN = 0.75
 # A policy that after `SETTLING` iterations is still this near to its reference has not moved.
 STILL_NATS_PER_TOKEN = 1e-5
-# The same where a penalty that outweighs the score holds it, in nats per answer.
-HELD_NATS_PER_ANSWER = 0.1
+# The same where a penalty that outweighs the score holds it, in nats per answer: as little as its noise moves it.
+HELD_NATS_PER_ANSWER = 1.0
 # Parameters that change by this share of their norm in an iteration are not standing for want of a learning rate.
 STEPPING = 1e-5
 SETTLING = 2
