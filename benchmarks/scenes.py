@@ -142,12 +142,26 @@ def healthy_table(judged: list[dict[str, Any]]) -> list[list[str]]:
 HEALTHY_HEAD = ["healthy recipe", "runs with any alarm", "seeds with any alarm (95%)", "which"]
 
 
+def summary(judged: list[dict[str, Any]]) -> str:
+    """Over all scenes: how many are detected, and of those with a harm how many no later than it."""
+    runs = [found for found in judged if found["name"] in SCENES]
+    done = [found for found in runs if found["harm"] is not None]
+    in_time = sum(found["detected"] is not None and found["detected"] <= found["harm"] for found in done)
+    by_any = sum(min(found["heard"].values(), default=math.inf) <= found["harm"] for found in done)
+    detected = sum(found["detected"] is not None for found in runs)
+    return (
+        f"{detected} of {len(runs)} runs of scenes are detected. In {in_time} of the {len(done)} with a harm the right "
+        f"alarm comes no later than it, in {by_any} any alarm."
+    )
+
+
 def print_tables(judged: list[dict[str, Any]]) -> None:
     """As Markdown, for docs/failure-scenes.md."""
     for head, lines in ((SCENE_HEAD, scene_table(judged)), (HEALTHY_HEAD, healthy_table(judged))):
         print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
         for line in lines:
             print(f"| {' | '.join(line)} |")
+    print(f"\n{summary(judged)}")
 
 
 def seeds_of(text: str) -> list[int]:

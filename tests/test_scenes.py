@@ -97,3 +97,13 @@ def test_a_scene_is_detected_only_by_its_own_alarm_with_its_own_cause():
         judged = scenes.judge(name, 0, rows, 3)
         assert judged["heard"] == {"not_moving": 4}
         assert judged["detected"] is None
+
+
+def test_an_alarm_in_the_iteration_of_the_harm_is_in_time_and_one_after_it_is_not():
+    found = [("beta 1000", 4, None), ("a fixed phrase", 5, 5), ("a fixed phrase", 6, 5), ("a fixed phrase", None, 5)]
+    judged = [{"name": name, "detected": x, "harm": harm, "heard": {"kl_runaway": 5}} for name, x, harm in found]
+    judged += [{"name": "default", "heard": {}}, {"name": "stale rollout", "detected": None, "harm": 3, "heard": {}}]
+    said = scenes.summary(judged)
+    assert said.startswith("3 of 5 runs")
+    assert "In 1 of the 4 " in said
+    assert "in 3 any alarm" in said
