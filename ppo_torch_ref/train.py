@@ -134,6 +134,7 @@ def experience_metrics(
         "score/mean": score,
         "score/std": ops.masked_var(seq_scores, answered).sqrt(),
         "score/shaped_mean": ops.masked_mean(shaped_scores, answered),
+        "score/shaped_std": ops.masked_var(shaped_scores, answered).sqrt(),
         "reward/mean": score - kl_coef * seq_kl,
         "response/len_mean_tokens": ops.masked_mean(lengths, answered),
         "response/truncated_frac": (rollout.finish_reason == TRUNCATED).float().mean(),

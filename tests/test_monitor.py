@@ -161,7 +161,7 @@ def test_samples_survive_line_separators_half_surrogates_and_a_torn_last_line(tm
 
 
 def test_kept_answers_are_the_extremes_and_two_that_seed_and_step_choose():
-    scores, seq_kl, lengths = np.array([0.5, 3.0, -1.0, 0.0, 0.1]), np.array([0.1, 0.2, 0.0, 9.0, 1.0]), np.arange(5)
+    scores, seq_kl, lengths = np.array([0.5, 3.0, -1.0, 0.0, 0.1]), np.array([0.1, 0.2, 0.0, 9.0, 1.0]), np.arange(1, 6)
 
     def pick(step, seed=0):
         return answers.pick(step, scores, seq_kl, lengths, seed=seed)
@@ -175,6 +175,13 @@ def test_kept_answers_are_the_extremes_and_two_that_seed_and_step_choose():
     assert {i for chosen in random.values() for i in chosen} == set(range(5))
     assert pick(3) == pick(3)
     assert [pick(step) for step in range(9)] != [pick(step, seed=1) for step in range(9)]
+
+
+def test_an_answer_that_was_left_out_of_its_iteration_is_not_kept():
+    """It has no token there, and its score of 0 and its KL of 0 say nothing of it."""
+    scores, seq_kl, lengths = np.array([-1.0, 0.0, -2.0]), np.array([0.2, 0.0, 0.1]), np.array([3, 0, 5])
+    assert set(answers.pick(0, scores, seq_kl, lengths, seed=0)) == {0, 2}
+    assert answers.pick(0, scores, seq_kl, 0 * lengths, seed=0) == {}
 
 
 def test_a_batch_smaller_than_what_is_kept_is_kept_whole():

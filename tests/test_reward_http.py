@@ -236,7 +236,7 @@ def test_one_batch_that_fails_ends_them_all_before_they_are_asked_again(server, 
     with pytest.raises(UserError, match="status 400"):
         ask(server, retries=5)
     assert time.monotonic() - started < 15  # less than the first pause
-    assert len(server.seen) == 3
+    assert len(server.seen) <= 3  # none twice; one that was not begun when the last one failed is not sent at all
 
 
 def test_pauses_between_attempts_double_up_to_a_bound_and_end_when_another_batch_has_failed(server, monkeypatch):
