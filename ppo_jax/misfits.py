@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ppo_jax.config import Config, LoraConfig
+from ppo_jax.config import Config, LoraConfig, known_keys
 
 Misfit = tuple[tuple[str, ...], str]  # the keys involved, the message
 
@@ -54,27 +54,36 @@ def misfits_of(config: Config) -> Iterator[Misfit]:
 
 # Fields by the one without which nothing reads them.
 NEEDED = {
-    "reward.model": ("model_label", "model_batch_size", "model_chat_template", "model_max_tokens"),
-    "reward.url": ("http_batch_size", "timeout_s", "retries"),
-    "critic.kind": ("learning_rate", "coef", "clip_eps", "warmup_iterations", "bootstrap_truncated"),
-    "kl.target_nats": ("horizon",),
-    "checkpoint.save_every": ("keep_best",),
+    "reward.model": (
+        "reward.model_label",
+        "reward.model_batch_size",
+        "reward.model_chat_template",
+        "reward.model_max_tokens",
+    ),
+    "reward.url": ("reward.http_batch_size", "reward.timeout_s", "reward.retries"),
+    "critic.kind": (
+        "critic.learning_rate",
+        "critic.coef",
+        "critic.clip_eps",
+        "critic.warmup_iterations",
+        "critic.bootstrap_truncated",
+        "advantage.discount",
+        "advantage.gae_lambda",
+    ),
+    "kl.target_nats": ("kl.horizon",),
+    "checkpoint.save_every": ("checkpoint.keep_best",),
 }
 
 
 def _unread(config: Config) -> Iterator[Misfit]:
     """Fields that were changed and that nothing will read, because another one is off."""
-    advantage = config.advantage
-    unread = [(f"{switch.partition('.')[0]}.{name}", switch) for switch, names in NEEDED.items() for name in names]
-    if advantage.estimator not in OF_A_CRITIC:
-        unread += [(f"advantage.{name}", "an estimator that reads a critic") for name in ("discount", "gae_lambda")]
-    for key, switch in unread:
-        section, _, name = key.partition(".")
-        of_section = getattr(config, section)
-        value, default = getattr(of_section, name), type(of_section).model_fields[name].default
-        is_off = "." not in switch or getattr(of_section, switch.partition(".")[2]) in (None, "none", 0)
-        if is_off and value != default:
-            yield (key, switch), f"{key} ({value}) has no use without {switch}"
+    fields = {key: field.default for key, field in known_keys()}
+    values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in fields}
+    for switch, keys in NEEDED.items():
+        if values[switch] in (None, "none", 0):
+            for key in keys:
+                if values[key] != fields[key]:
+                    yield (key, switch), f"{key} ({values[key]}) has no use without {switch}"
 
 
 def _adapter_misfits(config: Config) -> Iterator[Misfit]:

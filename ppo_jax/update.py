@@ -299,12 +299,13 @@ def ppo_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
     updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
     new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
+    tokens = jnp.maximum(sums["tokens"], 1)  # none where every answer of a minibatch was dropped
     stats = {
         "loss/policy": sums["loss_policy"],
         "loss/kl": sums["loss_kl"],
         "loss/entropy": sums["loss_entropy"],
-        "policy/clip_frac": sums["clipped_tokens"] / sums["tokens"],
-        "policy/approx_kl_nats": sums["approx_kl_nats"] / sums["tokens"],
+        "policy/clip_frac": sums["clipped_tokens"] / tokens,
+        "policy/approx_kl_nats": sums["approx_kl_nats"] / tokens,
         "policy/ratio_max": sums["ratio_max"],
         "policy/log_ratio_abs_max": sums["log_ratio_abs_max"],
         "update/grad_norm": optax.tree.norm(of_policy),

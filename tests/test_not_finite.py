@@ -105,6 +105,16 @@ def test_an_answer_that_is_dropped_is_in_no_number_and_in_no_step(tiny_model, tm
         run(tiny_model, tmp_path / "less", reward=scored(None), reward__max_dropped_frac=0.1, monitor__sample_every=0)
 
 
+def test_a_minibatch_whose_answers_were_all_dropped_changes_no_number_to_nan(tiny_model, tmp_path):
+    def reward(prompts, answers):
+        return [None, *(float(len(answer)) for answer in answers[1:])]
+
+    changes = {"rollout__batch_size": 4, "update__minibatch_size": 1, "run__iterations": 2, "monitor__sample_every": 0}
+    rows = run(tiny_model, tmp_path / "run", reward=reward, reward__max_dropped_frac=0.25, **changes).metrics
+    assert [row["reward/dropped_frac"] for row in rows] == [0.25, 0.25]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+
+
 def test_three_skipped_steps_in_a_row_end_the_run_also_over_iterations_and_a_resume(tiny_model, tmp_path):
     everyone, directory = range(16), tmp_path / "run"
     with pytest.raises(UserError, match="the service is gone"):

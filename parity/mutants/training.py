@@ -154,7 +154,7 @@ MUTANTS = (
     Planted("the schedule waits for steps that are left out", "L11", "ppo_torch_ref.update:update",
             "iteration * len(minibatches)", "optimizer.step_count", on="shaped"),
     Planted("clip fraction over the padding", "L9", "ppo_jax.update:ppo_step",
-            'sums["clipped_tokens"] / sums["tokens"]',
+            'sums["clipped_tokens"] / tokens',
             'sums["clipped_tokens"] / minibatch.response_mask.size', on="llama-tied", trap=10),
     Planted("approximate KL over the padding", "L9", "ppo_torch_ref.update:ppo_step",
             'sums["approx_kl_nats"] / sums["tokens"]',
