@@ -8,6 +8,7 @@ so `--judge` gives the tables of those seeds that FILE has without running anyth
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
