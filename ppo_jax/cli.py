@@ -58,8 +58,9 @@ def run(arguments: Sequence[str]) -> None:
         print(config.to_yaml(), end="")
         return
     # Imported here: `ppo-jax --help` and a bad configuration need no JAX.
-    from ppo_jax import processes
+    from ppo_jax import host_memory, processes
 
+    host_memory.keep_freed()
     if options.distributed:
         processes.join()
     processes.check_platform("any" if options.dry_run else config.mesh.platform)
@@ -99,8 +100,9 @@ def generate(arguments: Sequence[str]) -> None:
             raise UserError(f"{key} is given twice: {given!r} and {overrides[key]!r}")
         overrides |= {} if given is None else {key: given}
     config = generate_config.load(options.config, overrides, scored=options.reward)
-    from ppo_jax import processes
+    from ppo_jax import host_memory, processes
 
+    host_memory.keep_freed()
     processes.check_platform(config.mesh.platform)
     from ppo_jax.generate import generate
 
@@ -145,8 +147,9 @@ def train_reward_model(arguments: Sequence[str]) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    from ppo_jax import processes
+    from ppo_jax import host_memory, processes
 
+    host_memory.keep_freed()
     processes.check_platform("any")
     from ppo_jax.reward_model import build, train
 

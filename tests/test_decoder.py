@@ -283,3 +283,22 @@ def test_initial_parameters_have_the_declared_shapes_unit_gains_and_zero_biases(
             assert (leaf == (1.0 if kind == "scale" else 0.0)).all(), path
         else:
             assert 0.01 < float(leaf.std()) < 0.03, path
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(3, 7), (7, 3), (5, 5)])
+def test_the_gradients_of_a_matrix_product_are_the_ones_that_jax_derives(narrow, wide):
+    with jax.enable_x64(True):
+        x, kernel, weights = (
+            jax.random.normal(key, shape, jnp.float64)
+            for key, shape in zip(
+                jax.random.split(jax.random.PRNGKey(0), 3), ((2, 4, narrow), (narrow, wide), (2, 4, wide)), strict=True
+            )
+        )
+        of_ours, of_jax = (
+            jax.grad(lambda x, kernel, product=product: jnp.sum(weights * jnp.sin(product(x, kernel))), (0, 1))(
+                x, kernel
+            )
+            for product in (decoder.matmul, jnp.matmul)
+        )
+        for found, derived in zip(of_ours, of_jax, strict=True):
+            np.testing.assert_allclose(found, derived, rtol=1e-13, atol=1e-13)

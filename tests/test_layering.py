@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "errors": 0, "durable": 0, "records": 0, "config": 0, "config_file": 0, "generate_config": 0, "misfits": 0,
     "reward_model_config": 0, "tracing": 0, "compilation_cache": 0, "resumed": 0, "assets": 0,
-    "shown_text": 0, "intervals": 0,
+    "shown_text": 0, "intervals": 0, "host_memory": 0,
     "jsonl": 1, "ops": 1, "processes": 1, "interruption": 1, "prompt_files": 1, "prompt_forms": 1,
     "ratings": 2, "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2, "pairs": 2,
     "answer_file": 2,

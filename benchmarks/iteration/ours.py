@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from benchmarks.iteration.workloads import Workload, prompts
-from ppo_jax import build, train
+from ppo_jax import build, host_memory, train
 from ppo_jax.config_file import load
 from ppo_jax.monitor.clock import PhaseClock
 
@@ -18,6 +18,7 @@ def lengths(_: list[str], answers: list[str]) -> list[float]:
 
 
 def start(workload: Workload) -> Callable[[], dict[str, float]]:
+    host_memory.keep_freed()
     settings = {
         "model.path": str(workload.model),
         "model.compute_dtype": workload.dtype,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.iteration.workloads import WORKLOADS
 
-MODULES = {"ours": "ours", "ours_huge_pages": "ours", "article": "article", "trl": "trl_ppo"}
+MODULES = {"ours": "ours", "ours_glibc": "ours", "article": "article", "trl": "trl_ppo"}
 
 
 def main() -> None:

@@ -138,6 +138,32 @@ class Norm(nn.Module):
         return out.astype(x.dtype)
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+    """x W, with the narrower operand on the left in the gradient of W.
+
+    XLA's matrix products on a CPU want the summed axis of the left operand last, and write one where it is not anew,
+    transposed. JAX's own rule has the gradient of the outcome there, in a gated MLP the widest array of the model.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(operands, gradient):
+    x, kernel = operands
+    rows = tuple(range(x.ndim - 1))
+    of_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    if x.shape[-1] <= gradient.shape[-1]:
+        return of_x, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+    return of_x, jax.lax.dot_general(gradient, x, ((rows, rows), ((), ()))).T
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nn.Module):
     """x W + b with W stored (in, out), and (x A) B beside it where an adapter is laid over the layer (see `lora`)."""
 
@@ -147,7 +173,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        out = x @ kernel
+        out = matmul(x, kernel)
         if self.has_variable("params", "lora_a"):
             out = out + (x @ self.get_variable("params", "lora_a")) @ self.get_variable("params", "lora_b")
         return out + self.param("bias", nn.initializers.zeros, (self.features,))[None, None] if self.bias else out
