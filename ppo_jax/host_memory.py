@@ -19,4 +19,5 @@ def keep_freed() -> bool:
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     libc = ctypes.CDLL(None)
-    return all([libc.mallopt(option, value) for option, value in OPTIONS.values()])
+    taken = [libc.mallopt(option, value) for option, value in OPTIONS.values()]
+    return all(taken)

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from ppo_jax.monitor.sinks import read_rows
 from ppo_jax.ops.randomness import Purpose
 from ppo_jax.prompts import Prompts
 from ppo_jax.tracing import compilations
+from ppo_jax.train import RunResult
 from tests.tiny import PROMPTS, make_model
 
 SMALL = {
@@ -86,21 +89,32 @@ def assert_ends_alike(result, whole):
         assert (result.directory / file).read_bytes() == (whole.directory / file).read_bytes()
 
 
+class LongRun(NamedTuple):
+    result: RunResult
+    traced: dict[str, int]  # how often each of our functions was
+    compiled_in: Counter[int]  # how many programs, of whatever function, by the number of finished iterations
+
+
 @pytest.fixture(scope="module")
 def long_run(tiny_model, tmp_path_factory):
-    before = dict(compilations)
-    result = run(
-        tiny_model,
-        tmp_path_factory.mktemp("long") / "run",
-        run__iterations=15,
-        rollout__batch_size=32,
-        update__minibatch_size=16,
-    )
-    return result, {name: count - before.get(name, 0) for name, count in compilations.items()}
+    directory = tmp_path_factory.mktemp("long") / "run"
+    before, compiled_in = dict(compilations), Counter()
+
+    def compiled(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            written = directory / "metrics.jsonl"
+            compiled_in[len(read_rows(written)) if written.exists() else 0] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        result = run(tiny_model, directory, run__iterations=21, rollout__batch_size=32, update__minibatch_size=16)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(compiled)
+    return LongRun(result, {name: count - before.get(name, 0) for name, count in compilations.items()}, compiled_in)
 
 
 def test_the_score_rises_clearly_while_the_kl_stays_bounded(long_run):
-    rows = long_run[0].metrics
+    rows = long_run.result.metrics
     scores = [row["score/mean"] for row in rows]
     assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.2
     assert rows[0]["kl/seq_nats"] < 1e-6
@@ -109,11 +123,20 @@ def test_the_score_rises_clearly_while_the_kl_stays_bounded(long_run):
 
 
 def test_a_run_compiles_every_function_a_handful_of_times(long_run):
-    _, counts = long_run
+    counts = long_run.traced
     # The rollout for the batch and for the fixed prompts, as scoring; this once per bucket of the response, 8 and 10.
     assert counts["rollout"] <= 3
     assert counts["score"] <= 4
     assert counts["update"] <= 2
+
+
+def test_nothing_is_compiled_once_every_bucket_was_met(long_run):
+    lengths = {len(text.split()) for text in PROMPTS}
+    assert len(lengths) > 1  # of the prompts; the answers are random
+    assert long_run.compiled_in[0] > 0  # the listener hears
+    # The middle of the run answers the fixed prompts, its end exports the policy.
+    late = {iteration: count for iteration, count in long_run.compiled_in.items() if 3 <= iteration < 21}
+    assert late == {}
 
 
 def test_every_promised_metric_is_written_every_iteration(long_run):
@@ -124,15 +147,15 @@ def test_every_promised_metric_is_written_every_iteration(long_run):
         rollout/kept_mass loss/policy loss/kl update/grad_norm update/param_rel_change update/optimizer_steps
         time/rollout_s time/reward_s time/score_s time/update_s time/iteration_s throughput/response_tokens_per_s
         """.split()  # noqa: SIM905
-    rows = [json.loads(line) for line in (long_run[0].directory / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(15))
+    rows = [json.loads(line) for line in (long_run.result.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(21))
     for row in rows:
         assert set(names) <= set(row)
         assert all(np.isfinite(row[name]) for name in names)
 
 
 def test_the_exported_policy_is_the_trained_one_in_transformers(long_run):
-    result = long_run[0]
+    result = long_run.result
     model = AutoModelForCausalLM.from_pretrained(result.policy_directory)
     embedding = model.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(embedding, np.asarray(result.state.params["embed"]))
@@ -142,19 +165,19 @@ def test_the_exported_policy_is_the_trained_one_in_transformers(long_run):
     torch.manual_seed(0)
     outputs = model.generate(**inputs, do_sample=True, max_new_tokens=10, num_return_sequences=32)
     texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert np.mean(vowel_share(None, texts)) > long_run[0].metrics[0]["score/mean"] + 0.1
+    assert np.mean(vowel_share(None, texts)) > long_run.result.metrics[0]["score/mean"] + 0.1
 
 
 def test_fixed_prompts_are_answered_at_the_start_half_way_and_at_the_end(long_run):
-    rows = [json.loads(line) for line in (long_run[0].directory / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (long_run.result.directory / "samples.jsonl").read_text().splitlines()]
     steps = sorted({row["step"] for row in rows})
-    assert {0, 7, 15} <= set(steps)
+    assert {0, 10, 21} <= set(steps)
     assert all(sum(row["step"] == step for row in rows) == 4 for step in steps)
 
 
 def test_the_kl_and_the_length_of_a_fixed_prompt_are_those_of_its_answer_alone(long_run, tiny_model, tmp_path):
-    result = long_run[0]
-    rows = {row["prompt"]: row for row in samples.read(result.directory) if row["step"] == 15}
+    result = long_run.result
+    rows = {row["prompt"]: row for row in samples.read(result.directory) if row["step"] == 21}
     config = load(overrides=SMALL | {"model.path": str(tiny_model), "run.dir": str(tmp_path / "run")})
     made, _ = build.build(config, reward=vowel_share, prompts=PROMPTS)
     prompts = made.fixed_prompts.in_order()
@@ -176,10 +199,10 @@ def test_the_kl_and_the_length_of_a_fixed_prompt_are_those_of_its_answer_alone(l
 
 
 def test_some_answers_of_every_few_iterations_and_of_the_last_are_kept(long_run):
-    rows = kept_answers.read(long_run[0].directory)
-    assert [*dict.fromkeys(row["step"] for row in rows)] == [0, 2, 4, 6, 8, 10, 12, 14]
-    metrics = long_run[0].metrics
-    for step in (0, 14):
+    rows = kept_answers.read(long_run.result.directory)
+    assert [*dict.fromkeys(row["step"] for row in rows)] == list(range(0, 21, 2))
+    metrics = long_run.result.metrics
+    for step in (0, 20):
         of_step = {why: row for row in rows if row["step"] == step for why in row["why"]}
         assert of_step.keys() == {"best", "worst", "longest", "most divergent", "random"}
         for row in of_step.values():

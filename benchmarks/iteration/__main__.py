@@ -94,7 +94,7 @@ def summarise(workload: Workload, counted: dict[str, list[dict[str, float]]]) ->
     for of in medians.values():
         of["tokens_per_s"] = tokens / of["iteration"]
     summary: dict[str, Any] = {"workload": workload.name, "epochs": workload.epochs, "batch": workload.batch}
-    peers = [name for name in counted if name != OURS]  # ours_glibc, too, where it is asked for
+    peers = [name for name in counted if not name.startswith(OURS)]
     if OURS in counted and peers:
         summary["ratios"] = {}
         for phase in PHASES:

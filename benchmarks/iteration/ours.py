@@ -7,8 +7,10 @@ import jax
 
 from benchmarks.iteration.workloads import Workload, prompts
 from ppo_jax import build, host_memory, train
+from ppo_jax.build import Run
 from ppo_jax.config_file import load
 from ppo_jax.monitor.clock import PhaseClock
+from ppo_jax.records import TrainState
 
 PHASES = {"rollout": "time/rollout_s", "score": "time/score_s", "update": "time/update_s"}
 
@@ -17,7 +19,8 @@ def lengths(_: list[str], answers: list[str]) -> list[float]:
     return [float(len(answer)) for answer in answers]
 
 
-def start(workload: Workload) -> Callable[[], dict[str, float]]:
+def made(workload: Workload) -> tuple[Run, TrainState]:
+    """A run of the workload, and its first state."""
     host_memory.keep_freed()
     settings = {
         "model.path": str(workload.model),
@@ -33,7 +36,11 @@ def start(workload: Workload) -> Callable[[], dict[str, float]]:
         "update.learning_rate": 1e-6,
         "monitor.tensorboard": False,
     }
-    run, state = build.build(load(overrides=settings), reward=lengths, prompts=prompts(workload))
+    return build.build(load(overrides=settings), reward=lengths, prompts=prompts(workload))
+
+
+def start(workload: Workload) -> Callable[[], dict[str, float]]:
+    run, state = made(workload)
 
     def iteration() -> dict[str, float]:
         nonlocal state
