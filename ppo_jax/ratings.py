@@ -7,6 +7,7 @@ another that says so, and nothing is ever removed.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from typing import Any
 from ppo_jax import durable, jsonl
 from ppo_jax.errors import UserError
 from ppo_jax.intervals import wilson_interval
+
+log = logging.getLogger("ppo_jax")
 
 FILE, PAIRS_FILE = "ratings.jsonl", "pairs.json"
 NOW, SFT, TIE, SKIP, UNDO = "now", "sft", "tie", "skip", "undo"
@@ -110,6 +113,8 @@ class RatingsFile:
         except BlockingIOError as error:
             os.close(self._descriptor)
             raise UserError(f"{self.path} is in use by another rating page; stop that one first") from error
+        except OSError as error:  # a file system without locks
+            log.warning("warning: %s cannot be locked (%s): start no second rating page", self.path, error.strerror)
         self._drop_torn_line()
         durable.flush(directory)
         self.choices = standing_choices(rows)

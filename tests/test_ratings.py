@@ -1,5 +1,7 @@
 """Ratings are never lost, undone ones do not count, and the statistics are those of SciPy and of a textbook."""
 
+import errno
+import fcntl
 import json
 import os
 
@@ -93,6 +95,17 @@ def test_a_second_page_for_the_same_run_is_refused(tmp_path):
     with RatingsFile(tmp_path), pytest.raises(UserError, match="in use by another rating page"):
         RatingsFile(tmp_path)
     RatingsFile(tmp_path).__exit__()
+
+
+def test_where_there_are_no_locks_ratings_are_taken_with_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RatingsFile(tmp_path) as file:
+        file.append("ada", "1", NOW)
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert [(row["pair"], row["choice"]) for row in rows(tmp_path)] == [("1", NOW)]
 
 
 def test_a_damaged_line_is_named_by_its_number(tmp_path):
