@@ -76,6 +76,11 @@ def share_of_the(prompts: list[str], answers: list[str]) -> list[float]:
     return [x.count("the") / max(len(x), 1) for x in words(answers)]
 
 
+def repeated_words(prompts: list[str], answers: list[str]) -> list[float]:
+    """Share of the words that were there before; an answer without a word has the lowest score, 0, too."""
+    return [1 - len(set(x)) / len(x) if x else 0.0 for x in words(answers)]
+
+
 def exclamations_and_gold(prompts: list[str], answers: list[str]) -> dict[str, list[float]]:
     """The proxy that is trained on, and the score that is meant and only looked at (its weight is 0), with its square:
     rows have means alone, and its first deviation is wanted."""
@@ -151,10 +156,10 @@ SCENES: dict[str, Scene] = {
     ),
     "entropy collapse": Scene(
         "entropy_collapse",
-        vader_compound,
+        repeated_words,
         lambda row, first: row["policy/entropy_nats"] < first["policy/entropy_nats"] / 4,
         "entropy below a quarter",
-        {"update.learning_rate": 4e-3, "kl.coef": 0.0, "run.iterations": 18},  # in 12 it came in 6 runs of 10
+        {"update.learning_rate": 4e-3, "kl.coef": 0.0},
     ),
     "stale rollout": Scene(
         "rollout_mismatch",

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.rope import RopeSpec, rotate
@@ -149,19 +150,24 @@ def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Arr
 
 
 def _matmul_forward(x, kernel):
-    return matmul(x, kernel), (x, kernel)
+    # A weight that is not trained, the base of an adapter, needs no gradient, and so no x to make it of.
+    return matmul(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
 
 
 def _matmul_backward(operands, gradient):
     x, kernel = operands
+    if isinstance(gradient, SymbolicZero):
+        return None, None
+    of_x = jax.lax.dot_general(gradient, kernel, (((gradient.ndim - 1,), (1,)), ((), ())))
+    if x is None:
+        return of_x, None
     rows = tuple(range(x.ndim - 1))
-    of_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     if x.shape[-1] <= gradient.shape[-1]:
         return of_x, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
     return of_x, jax.lax.dot_general(gradient, x, ((rows, rows), ((), ()))).T
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Linear(nn.Module):
