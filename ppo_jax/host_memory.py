@@ -1,8 +1,8 @@
 """Host memory that was freed is kept for the next call, as JAX keeps a GPU's.
 
 On a CPU, XLA asks for the temporaries of every call anew, gigabytes of them. glibc takes pieces of that size from the
-operating system and gives them back when they are freed, so that each of their pages costs a page fault in every call:
-for SmolLM2-135M a tenth of all processor time, and of an optimizer step half (docs/performance.md).
+operating system and gives them back when they are freed, so that each of their pages costs a page fault in every call
+(docs/performance.md).
 """
 
 import ctypes

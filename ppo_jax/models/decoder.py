@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_jax.models.rope import RopeSpec, rotate
@@ -156,8 +155,6 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(operands, gradient):
     x, kernel = operands
-    if isinstance(gradient, SymbolicZero):
-        return None, None
     of_x = jax.lax.dot_general(gradient, kernel, (((gradient.ndim - 1,), (1,)), ((), ())))
     if x is None:
         return of_x, None
