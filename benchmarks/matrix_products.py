@@ -1,8 +1,8 @@
 """`python -m benchmarks.matrix_products`: XLA's matrix products beside torch's, at the shapes of SmolLM2-135M.
 
 For 1 and 8 rows (decode) and 512 (an update): x W with W stored (in, out) and (out, in), and, for 512 rows, the
-product that gives the gradient of x. 30 weights of each shape are taken in turn, as layers are, and the head once. Prints
-GFLOP/s, and for decode the GB/s of the weights.
+product that gives the gradient of x. 30 weights of each shape are taken in turn, as layers are, and the head once.
+Prints GFLOP/s, and for decode the GB/s of the weights.
 """
 
 import statistics
