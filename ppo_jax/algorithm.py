@@ -17,8 +17,9 @@ from ppo_jax.models.critic import model_values, trunk_values
 from ppo_jax.models.decoder import DecoderSpec
 from ppo_jax.models.lora import Adapter
 from ppo_jax.ops import advantages, kl, losses, masking, rewards
+from ppo_jax.optimizer import make_optimizer, make_optimizer_with_critic
 from ppo_jax.records import TRUNCATED, Rollout, Scored
-from ppo_jax.update import CriticObjective, Objective, make_optimizer, make_optimizer_with_critic
+from ppo_jax.update import CriticObjective, Objective
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from ppo_jax.monitor.metrics import to_host
 from ppo_jax.monitor.not_finite import TOO_MANY_IN_A_ROW
 from ppo_jax.monitor.preferences import calibration, plot_calibration, preference_metrics
 from ppo_jax.monitor.sinks import MetricsWriter, check_sinks
+from ppo_jax.optimizer import make_optimizer
 from ppo_jax.pairs import Pairs, load_split
 from ppo_jax.prompts import check_ids, shuffled_indices
 from ppo_jax.reward_model_config import RewardModelConfig
@@ -50,7 +51,6 @@ from ppo_jax.reward_training import (
 from ppo_jax.rewards.classifier import last_position
 from ppo_jax.run_directory import check_unused, run_directory, write_description
 from ppo_jax.run_lock import RunLock
-from ppo_jax.update import make_optimizer
 
 log = logging.getLogger("ppo_jax")
 
@@ -166,7 +166,7 @@ def _train(run: RewardModelRun, writer: MetricsWriter) -> RewardModelResult:
         if skipped_in_a_row:
             _keep_skipped(run, step, pairs)
         if skipped_in_a_row == TOO_MANY_IN_A_ROW:
-            _give_up(run, trained, f"step {step}: no finite loss and gradient {TOO_MANY_IN_A_ROW} times in a row")
+            _give_up(run, trained, f"step {step}: no finite loss and update {TOO_MANY_IN_A_ROW} times in a row")
     evaluation = _write_evaluation(run, chosen, rejected)
     directory = run.directory / "reward_model"
     _save(run, trained, directory)
@@ -183,7 +183,7 @@ def _keep_skipped(run: RewardModelRun, step: int, pairs: Sequence[int]) -> None:
     decode, file = run.model.tokenizer.decode, run.directory / SKIPPED
     rows = [(run.training.chosen[i], run.training.rejected[i]) for i in pairs]
     lines = [jsonl.line({"step": step, "chosen": decode(one), "rejected": decode(other)}) for one, other in rows]
-    log.warning("warning: step %d was skipped, its loss or gradient is not finite; its pairs are in %s", step, file)
+    log.warning("warning: step %d was skipped, its loss or update is not finite; its pairs are in %s", step, file)
     with file.open("a", encoding="utf-8") as opened:
         opened.writelines(lines)
 

@@ -19,6 +19,7 @@ from ppo_jax.models.decoder import DecoderSpec, Params, cast, hidden_states
 from ppo_jax.models.heads import head_values
 from ppo_jax.models.partial import lower_states, split_trunk, upper_hidden
 from ppo_jax.ops.preferences import bradley_terry_loss, centring_loss
+from ppo_jax.optimizer import step_if_finite
 from ppo_jax.tracing import bucket, note_compilation
 
 SMALLEST_BUCKET = 16
@@ -112,19 +113,17 @@ def pair_step(
 ) -> tuple[Params, optax.OptState, Stats]:
     """One optimizer step, of that number, on B pairs; the old parameters' memory is reused.
 
-    A step whose loss or gradient is not finite leaves parameters and moments as they were and is counted as skipped.
+    A step whose loss, gradient or update is not finite leaves parameters and moments as they were, and is counted.
     """
     note_compilation("reward training", R=rows.mask.shape[0], S=rows.mask.shape[1])
     loss_of = jax.value_and_grad(partial(pair_loss, objective=objective), has_aux=True)
     (loss, stats), gradients = loss_of(trained, frozen, rows, margins)
     grad_norm = optax.tree.norm(gradients)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
-        updates, new_opt_state = optimizer.update(gradients, opt_state, trained, planned_step=step)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
-    new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
+    trained, opt_state, _, finite = step_if_finite(
+        optimizer, gradients, opt_state, trained, loss, grad_norm, planned_step=step
+    )
     stats |= {"update/grad_norm": grad_norm, "update/skipped_steps": ~finite}
-    return optax.apply_updates(trained, updates), new_opt_state, stats
+    return trained, opt_state, stats
 
 
 # ------------------------------------------------------------------------------------------------------ texts as rows

@@ -6,7 +6,7 @@ step add up: sums of losses, sums of gradients, one clipping, one AdamW step.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_jax.config import Config, OptimizerConfig, UpdateConfig
+from ppo_jax.config import Config
 from ppo_jax.models.critic import cast_trunks, split_critic
 from ppo_jax.models.decoder import DecoderSpec, Params, cast, head_logits, response_hidden
 from ppo_jax.models.lora import Adapter, policy_params
@@ -30,6 +30,7 @@ from ppo_jax.ops.streaming import (
     shortest_together,
     with_length,
 )
+from ppo_jax.optimizer import step_if_finite
 from ppo_jax.records import Experience, TrainState
 from ppo_jax.sharding import by_rows, by_rules, device_count, gather_again
 from ppo_jax.tracing import note_compilation
@@ -67,81 +68,6 @@ class CriticObjective:
     values: Callable[..., Float[Array, "B T"]]  # (params, policy's hidden states, sequences) -> values
     loss: Callable[..., Float[Array, "B T"]]  # (values, old_values, returns) -> loss per token
     coef: float
-
-
-def learning_rate(
-    step: int | Int[Array, ""], *, peak: float, schedule: str, warmup_steps: int, total_steps: int
-) -> Float[Array, ""]:
-    """Learning rate of planned optimizer step 0, 1, ...: peak · min(1, (step + 1) / warmup) · decay.
-
-    The warm-up begins above 0, so no step is wasted. With p the share of the steps behind the warm-up that are done,
-    the decay is 1, 1 − p or (1 + cos πp) / 2.
-    """
-    count = jnp.asarray(step, jnp.result_type(float))
-    warmup = jnp.minimum((count + 1.0) / max(warmup_steps, 1), 1.0)
-    done = jnp.clip((count - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
-    decay = {
-        "constant": jnp.ones_like(done),
-        "linear": 1.0 - done,
-        "cosine": (1.0 + jnp.cos(jnp.pi * done)) / 2.0,
-    }
-    return peak * warmup * decay[schedule]
-
-
-def scale_by_planned_step(rate_of: Callable[[Any], Array]) -> optax.GradientTransformationExtraArgs:
-    """Updates times −rate_of(planned_step), an argument of the update: optax would count the steps that were taken."""
-
-    def scale(updates: Any, state: optax.OptState, params: Any = None, **arguments: Any):
-        rate = rate_of(arguments["planned_step"])
-        return jax.tree.map(lambda x: jnp.asarray(-rate, x.dtype) * x, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale)
-
-
-@cache
-def make_optimizer(
-    update: OptimizerConfig, total_steps: int, *, idle_steps: int = 0
-) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW with decay on matrices only; it is told the number of the planned step.
-
-    The learning rate is 0 in the first `idle_steps` of the steps; its schedule begins behind them. The same object for
-    the same settings, so that a second run in a process compiles nothing again.
-    """
-
-    def rate_of(planned_step: Any) -> Array:
-        rate = learning_rate(
-            planned_step - idle_steps,
-            peak=update.learning_rate,
-            schedule=update.schedule,
-            warmup_steps=update.warmup_steps,
-            total_steps=total_steps - idle_steps,
-        )
-        return jnp.where(planned_step < idle_steps, jnp.zeros_like(rate), rate)
-
-    clip = optax.identity() if update.max_grad_norm is None else optax.clip_by_global_norm(update.max_grad_norm)
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=update.adam_b1, b2=update.adam_b2, eps=update.adam_eps),
-        optax.add_decayed_weights(
-            update.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-        ),
-        scale_by_planned_step(rate_of),
-    )
-
-
-@cache
-def make_optimizer_with_critic(
-    update: UpdateConfig, total_steps: int, *, critic_learning_rate: float, idle_steps: int
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer each for policy and critic, each clipped by its own norm; the policy idles in the first steps."""
-    of_critic = update.model_copy(update={"learning_rate": critic_learning_rate})
-    return optax.partition(
-        {
-            "policy": make_optimizer(update, total_steps, idle_steps=idle_steps),
-            "critic": make_optimizer(of_critic, total_steps),
-        },
-        lambda params: {name: "critic" if name == "critic" else "policy" for name in params},
-    )
 
 
 class Terms(NamedTuple):
@@ -284,8 +210,7 @@ def ppo_step(
     """One optimizer step on the answers `rows` of the batch; the old parameters' memory is reused.
 
     `planned_step` is its number in a run that leaves out none; the learning rate depends on it. A step whose loss,
-    gradient or update is not finite leaves parameters and moments as they were and is counted as skipped. Moments are
-    means of gradients, so they overflow only where a gradient's norm does.
+    gradient or update is not finite leaves parameters and moments as they were and is counted as skipped.
     """
     note_compilation(
         "update", B=rows.shape[0], P=experience.prompt_tokens.shape[1], T=experience.response_tokens.shape[1]
@@ -294,11 +219,11 @@ def ppo_step(
     minibatch = by_rows(jax.tree.map(lambda x: x[rows], experience))
     loss, sums, gradients = loss_and_gradients(params, ref_params, minibatch, kl_coef, objective)
     (of_policy, of_critic), grad_norm = split_critic(gradients), optax.tree.norm(gradients)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer count, which strict mode refuses
-        updates, new_opt_state = optimizer.update(gradients, opt_state, params, planned_step=planned_step)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-    updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
-    new_opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_opt_state, opt_state)
+    params_norm = optax.tree.norm(split_critic(params)[0])
+    params, opt_state, updates, finite = step_if_finite(
+        optimizer, gradients, opt_state, params, loss, grad_norm, planned_step=planned_step
+    )
+    change = optax.tree.norm(split_critic(updates)[0]) / params_norm
     tokens = jnp.maximum(sums["tokens"], 1)  # none where every answer of a minibatch was dropped
     stats = {
         "loss/policy": sums["loss_policy"],
@@ -309,13 +234,13 @@ def ppo_step(
         "policy/ratio_max": sums["ratio_max"],
         "policy/log_ratio_abs_max": sums["log_ratio_abs_max"],
         "update/grad_norm": optax.tree.norm(of_policy),
-        "update/param_rel_change": optax.tree.norm(split_critic(updates)[0]) / optax.tree.norm(split_critic(params)[0]),
+        "update/param_rel_change": jnp.where(finite, change, jnp.zeros_like(change)),
         "update/skipped_steps": ~finite,
     }
     if of_critic is not None:
         stats |= {"loss/value": sums["loss_value"], "critic/grad_norm": optax.tree.norm(of_critic)}
     # Held to their places: a moment that XLA left somewhere else would not fit the memory it came from.
-    return by_rules(optax.apply_updates(params, updates)), by_rules(new_opt_state), stats
+    return by_rules(params), by_rules(opt_state), stats
 
 
 def update(

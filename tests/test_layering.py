@@ -18,7 +18,7 @@ LEVELS = {
     "shown_text": 0, "intervals": 0, "host_memory": 0,
     "jsonl": 1, "ops": 1, "processes": 1, "interruption": 1, "prompt_files": 1, "prompt_forms": 1,
     "ratings": 2, "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2, "pairs": 2,
-    "answer_file": 2,
+    "answer_file": 2, "optimizer": 2,
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
     "reward_training": 3,
     "algorithm": 4, "build": 4, "run_directory": 4,

@@ -15,6 +15,7 @@ from ppo_jax.models.decoder import head_logits, response_hidden
 from ppo_jax.ops import losses
 from ppo_jax.ops.rewards import first_moments
 from ppo_jax.ops.streaming import shortest_together
+from ppo_jax.optimizer import make_optimizer
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import Experience, TrainState
 from ppo_jax.update import Objective
@@ -111,7 +112,7 @@ def largest_difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b)))
 
 
-OPTIMIZER = update.make_optimizer(UpdateConfig(learning_rate=1e-3, max_grad_norm=None), 10)
+OPTIMIZER = make_optimizer(UpdateConfig(learning_rate=1e-3, max_grad_norm=None), 10)
 
 
 def test_loss_and_gradient_are_those_of_the_clipped_objective_written_out(tiny, experience):
@@ -284,7 +285,7 @@ def test_only_the_rows_of_the_minibatch_are_trained_on(tiny, experience):
 
 
 def test_clipping_bounds_the_gradient_that_adam_sees(tiny, experience):
-    clipped = update.make_optimizer(UpdateConfig(learning_rate=1e-3, max_grad_norm=0.01), 10)
+    clipped = make_optimizer(UpdateConfig(learning_rate=1e-3, max_grad_norm=0.01), 10)
     _, opt_state, stats = step(tiny, experience, make_objective(tiny), clipped)
     assert float(stats["update/grad_norm"]) > 0.05
     moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim > 0]
@@ -295,29 +296,13 @@ def test_clipping_bounds_the_gradient_that_adam_sees(tiny, experience):
 
 def test_weight_decay_acts_on_matrices_only(tiny, experience):
     nothing_learned = replace(experience, advantages=jnp.zeros_like(experience.advantages))
-    decaying = update.make_optimizer(UpdateConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    decaying = make_optimizer(UpdateConfig(learning_rate=0.1, weight_decay=0.5), 10)
     params, _, _ = step(tiny, nothing_learned, make_objective(tiny), decaying)
     for (path, after), before in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tiny.params), strict=True
     ):
         factor = 0.95 if before.ndim >= 2 else 1.0
         np.testing.assert_allclose(after, factor * before, rtol=1e-5, atol=1e-7, err_msg=str(path))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.5, 1.0, 1.0, (1 + np.cos(np.pi / 4)) / 2, 0.5, (1 - np.cos(np.pi / 4)) / 2]),
-    ],
-)
-def test_the_learning_rate_warms_up_from_above_zero_and_decays(schedule, expected):
-    rates = [
-        float(update.learning_rate(step, peak=2.0, schedule=schedule, warmup_steps=2, total_steps=6))
-        for step in range(6)
-    ]
-    np.testing.assert_allclose(rates, 2.0 * np.asarray(expected), rtol=1e-6)
 
 
 def test_every_epoch_visits_every_answer_once_in_a_fresh_order(tiny, experience, monkeypatch):

@@ -12,7 +12,7 @@ from parity.ladder import model_rows, shared_rows
 from parity.planting import planted
 from parity.rows import Row
 from parity.stacks import Pair
-from ppo_jax import algorithm, update
+from ppo_jax import algorithm, optimizer
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def found_by_level(mutant: Planted, cases: dict[str, ModelCase], dtype: str) -> 
 
 
 def forget() -> None:
-    for kept in (update.make_optimizer, update.make_optimizer_with_critic, algorithm.pick_policy_loss):
+    for kept in (optimizer.make_optimizer, optimizer.make_optimizer_with_critic, algorithm.pick_policy_loss):
         kept.cache_clear()
 
 

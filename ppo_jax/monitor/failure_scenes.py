@@ -239,7 +239,7 @@ def not_finite(row: Row, first: Row, config: Config) -> Finding | None:
     if row["update/skipped_steps"] == 0:
         return None
     return Finding(
-        f"{row['update/skipped_steps']:.0f} optimizer steps had a loss or gradient that is not finite",
+        f"{row['update/skipped_steps']:.0f} optimizer steps had a loss, gradient or update that is not finite",
         "extreme scores or ratios, or a learning rate that is too high",
         "look for extreme scores; lower update.learning_rate or clip the scores (reward.clip)",
         {"update/skipped_steps": row["update/skipped_steps"], "policy/ratio_max": row["policy/ratio_max"]},
