@@ -5,6 +5,7 @@ The twin has no cache: where both draw the same tokens, nothing in the cache of 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ def jax_rollout(pair: Pair) -> records.Rollout:
             top_k=SAMPLING.top_k,
         ),
         compute_dtype=pair.dtype,
+        keep_hidden=True,
     )
 
 
@@ -128,17 +130,24 @@ def _decided_by_rounding(pair: Pair, theirs: torch_rollout.Rollout, row: int, t:
 
 
 def ratio_is_one(pair: Pair) -> Iterator[Row]:
-    """L12: log-probs of the rollout, by way of the cache, against those of the training forward, before any update."""
+    """L12: the rollout, by way of the cache, and scores from its states against the training forward."""
     answers = jax_rollout(pair)
-    scored = scoring.score(
-        pair.params,
-        pair.params,
-        answers,
-        spec=pair.spec,
-        temperature=TEMPERATURE,
-        compute_dtype=pair.dtype,
-        micro_batch_size=2,
+    whole = replace(answers, hidden=None)  # which scoring must then compute
+    from_states, scored = (
+        scoring.score(
+            pair.params,
+            pair.params,
+            given,
+            spec=pair.spec,
+            temperature=TEMPERATURE,
+            compute_dtype=pair.dtype,
+            micro_batch_size=2,
+        )
+        for given in (answers, whole)
     )
     mask = numpy_of(answers.response_mask)
     rolled, trained = (numpy_of(x)[mask] for x in (answers.behaviour_logprobs, scored.old_logprobs))
     yield row_of(pair, "L12", "rollout and training log-probs", {"log-prob": rolled}, {"log-prob": trained})
+    names = ("old_logprobs", "ref_logprobs", "token_kl", "token_entropy")
+    reused, computed = ({name: numpy_of(getattr(x, name)) for name in names} for x in (from_states, scored))
+    yield row_of(pair, "L12", "scores from the rollout's states", reused, computed)

@@ -194,6 +194,11 @@ class RolloutConfig(Section, frozen=True):
         default=None, description="tokens that end an answer; by default those of the generation config and tokenizer"
     )
     stop_strings: tuple[NonEmpty, ...] = Field(default=(), description="texts that end an answer; they remain in it")
+    reuse_states: bool = Field(
+        default=False,
+        description="scoring reads the policy from the states that the answers were drawn from: one forward less, and "
+        "the first ratios are 1 but for the rounding between decode and update (rollout/logprob_gap_max)",
+    )
 
 
 class KlConfig(Section, frozen=True):

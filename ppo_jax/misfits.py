@@ -153,6 +153,14 @@ def _algorithm_misfits(config: Config) -> Iterator[Misfit]:
         )
     if critic.path is not None and critic.kind != "model":
         yield (("critic.path", "critic.kind"), f"critic.path is for critic.kind model, which is {critic.kind}")
+    if rollout.reuse_states:
+        for key, value, why in (
+            ("model.compute_dtype", config.model.compute_dtype != "float32", "only float32 rounds the decode alike"),
+            ("critic.bootstrap_truncated", critic.bootstrap_truncated, "the state behind an answer was never computed"),
+            ("update.importance_cap", config.update.importance_cap is not None, "it would weigh every token by 1"),
+        ):
+            if value:
+                yield ("rollout.reuse_states", key), f"rollout.reuse_states does not go with {key}: {why}"
     if critic.warmup_iterations >= config.run.iterations:
         yield (
             ("critic.warmup_iterations", "run.iterations"),

@@ -97,6 +97,7 @@ def compile_stages(
         finish_reason=array(jnp.int32, batch),
         group_id=array(jnp.int32, batch),
         policy_version=array(jnp.int32),
+        hidden=array(dtype, batch, length, model.spec.width) if config.rollout.reuse_states else None,
     )
     experience = Experience(
         prompt_tokens=answers.prompt_tokens,
@@ -121,6 +122,7 @@ def compile_stages(
                 spec=model.spec,
                 sampling=build.make_sampling(config),
                 compute_dtype=dtype,
+                keep_hidden=config.rollout.reuse_states,
                 ref_params=reference,
                 adapter=adapter,
             ).compile(),

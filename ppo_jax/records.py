@@ -40,6 +40,8 @@ class Rollout:
     finish_reason: Int[Array, " B"]  # TRUNCATED, EOS or STOP_STRING
     group_id: Int[Array, " B"]  # index of the prompt in its batch; answers to one prompt share it
     policy_version: Int[Array, ""]  # iteration whose parameters sampled the answers
+    # With `rollout.reuse_states`: the policy's last hidden states, from which each token was drawn.
+    hidden: Float[Array, "B T D"] | None = None
 
 
 @struct.dataclass

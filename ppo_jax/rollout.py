@@ -23,7 +23,7 @@ from ppo_jax.models.decoder import (
     positions_from_mask,
 )
 from ppo_jax.models.lora import Adapter, policy_params
-from ppo_jax.ops.logprobs import log_distribution
+from ppo_jax.ops.logprobs import log_distribution, wide_dtype
 from ppo_jax.ops.sampling import inverse_cdf, truncated_weights
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout
 from ppo_jax.sharding import by_rows, by_width
@@ -64,9 +64,10 @@ class _Progress:
     finish_reason: Int[Array, " B"]
     matched: Int[Array, "B strings"]
     running: Bool[Array, " B"]
+    hidden: Float[Array, "B T D"] | None
 
 
-@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype", "adapter"))
+@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype", "keep_hidden", "adapter"))
 def generate(
     params: Params,
     prompt_tokens: Int[Array, "N P"],
@@ -78,13 +79,15 @@ def generate(
     spec: DecoderSpec,
     sampling: Sampling,
     compute_dtype: str,
+    keep_hidden: bool = False,
     ref_params: Params = None,
     adapter: Adapter | None = None,
 ) -> Rollout:
     """B answers to N left-padded prompts, B / N to each, in prompt order; answers to one prompt share its prefill.
 
     `uniforms[b, t]` in [0, 1) decides token t of row b and nothing else, so a row does not depend on its neighbours.
-    The reference is needed where an `adapter` is what `params` hold.
+    With `keep_hidden` the states that tokens were drawn from come along, in the compute dtype. The reference is needed
+    where an `adapter` is what `params` hold.
     """
     (prompts, length), (batch, max_new) = prompt_tokens.shape, uniforms.shape
     note_compilation("rollout", B=batch, P=length, T=max_new)
@@ -97,12 +100,14 @@ def generate(
     )
     room = ((0, 0), (0, 0), (0, max_new), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(per_answer(x), room), prompt_cache)
-    logits = head_logits(params, by_width(per_answer(hidden[:, -1:]))[:, 0], spec=spec)
+    first = by_width(per_answer(hidden[:, -1:]))[:, 0]
     prompt_tokens, prompt_mask = per_answer(prompt_tokens), per_answer(prompt_mask)
     prompt_lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
 
-    def write(progress: _Progress, logits):
-        return _write_token(progress, logits, uniforms, endings, sampling)
+    def write(progress: _Progress, hidden):
+        if progress.hidden is not None:
+            progress = replace(progress, hidden=_put(progress, progress.hidden, hidden))
+        return _write_token(progress, head_logits(params, hidden, spec=spec), uniforms, endings, sampling)
 
     def decode(carry: tuple[_Progress, Cache]):
         progress, cache = carry
@@ -117,12 +122,13 @@ def generate(
             cache,
             length + last,
         )
-        return write(progress, head_logits(params, hidden[:, 0], spec=spec)), cache
+        return write(progress, hidden[:, 0]), cache
 
     def unfinished(carry: tuple[_Progress, Cache]):
         return (carry[0].t < max_new) & jnp.any(carry[0].running)
 
-    start = write(_empty_progress(batch, max_new, endings, logits.dtype), logits)
+    kept = jnp.zeros((batch, max_new, spec.width), first.dtype) if keep_hidden else None
+    start = write(_empty_progress(batch, max_new, endings, wide_dtype(first.dtype), kept), first)
     done, _ = jax.lax.while_loop(unfinished, decode, (start, cache))
     return Rollout(
         prompt_tokens=prompt_tokens,
@@ -134,10 +140,11 @@ def generate(
         finish_reason=done.finish_reason,
         group_id=per_answer(jnp.arange(prompts, dtype=jnp.int32)),
         policy_version=policy_version,
+        hidden=done.hidden,
     )
 
 
-def _empty_progress(batch: int, max_new: int, endings: Endings, dtype) -> _Progress:
+def _empty_progress(batch: int, max_new: int, endings: Endings, dtype, hidden) -> _Progress:
     return _Progress(
         t=jnp.zeros((), jnp.int32),
         tokens=jnp.zeros((batch, max_new), jnp.int32),
@@ -147,7 +154,15 @@ def _empty_progress(batch: int, max_new: int, endings: Endings, dtype) -> _Progr
         finish_reason=jnp.full((batch,), TRUNCATED, jnp.int32),
         matched=jnp.zeros((batch, endings.stop_table.shape[0]), jnp.int32),
         running=jnp.ones((batch,), bool),
+        hidden=hidden,
     )
+
+
+def _put(progress: _Progress, array: Array, value: Array) -> Array:
+    """`array` with the value at token t of the running rows, and 0 of the others."""
+    running = jnp.expand_dims(progress.running, range(1, value.ndim))
+    column = jnp.where(running, value, jnp.zeros((), value.dtype)).astype(array.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], progress.t, axis=1)
 
 
 def _write_token(
@@ -180,10 +195,7 @@ def _write_token(
     by_eos, by_string = is_eos[tokens], jnp.any(matched == complete, axis=1)
     reason = jnp.where(by_eos, EOS, jnp.where(by_string, STOP_STRING, TRUNCATED))
 
-    def put(array, value):
-        column = jnp.where(running, value, jnp.zeros((), value.dtype)).astype(array.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], t, axis=1)
-
+    put = partial(_put, progress)
     return replace(
         progress,
         t=t + 1,
@@ -204,10 +216,5 @@ def without(answers: Rollout, dropped: Bool[Array, " B"]) -> Rollout:
 
 def crop(rollout: Rollout, length: int) -> Rollout:
     """The same answers with the response axis cut to `length`, which no answer exceeds."""
-    return replace(
-        rollout,
-        **{
-            name: getattr(rollout, name)[:, :length]
-            for name in ("response_tokens", "response_mask", "behaviour_logprobs", "kept_mass")
-        },
-    )
+    names = ("response_tokens", "response_mask", "behaviour_logprobs", "kept_mass", "hidden")
+    return replace(rollout, **{name: x[:, :length] for name in names if (x := getattr(rollout, name)) is not None})

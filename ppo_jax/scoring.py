@@ -63,7 +63,8 @@ def score(
     """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
 
     `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
-    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1. With `keep_ref_hidden` the
+    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1; a rollout that brings its
+    `hidden` states spares the policy's, and leaves that ratio to rounding. With `keep_ref_hidden` the
     reference's hidden states come along, in the compute dtype: its distribution, B x T x V numbers, is never stored.
     `values` is a critic's function of (params, policy's hidden states, sequences); with `bootstrap` the states behind
     truncated answers are valued too. With an `adapter`, `params` hold it and it is laid over the reference.
@@ -75,15 +76,16 @@ def score(
     def score_answers(answers):
         (trained, reference), answers = gather_again((params, ref_params), answers)
         policy = policy_params(trained, reference, adapter)
-        *sequences, truncated = answers
+        sequences, kept_hidden, truncated = answers
 
         def at_length(short):
-            scored = score_models(policy, reference, _at_length(sequences, short), truncated)
+            kept = None if kept_hidden is None else with_length(kept_hidden, short)
+            scored = score_models(policy, reference, _at_length(sequences, short), kept, truncated)
             return jax.tree.map(lambda x: with_length(x, length) if x.ndim > 1 else x, scored)
 
         return at_shortest_axis(at_length, sequences[-1])
 
-    def score_models(policy, reference, sequences, truncated):
+    def score_models(policy, reference, sequences, kept_hidden, truncated):
         _, _, response_tokens, response_mask = sequences
         short = response_mask.shape[1]
 
@@ -100,7 +102,7 @@ def score(
         ref_hidden = response_hidden(reference, *sequences, spec=spec)
         # The state behind an answer is seen by giving every answer one more column, which nothing else looks at.
         seen = _at_length(sequences, short + 1) if bootstrap else sequences
-        hidden = response_hidden(policy, *seen, spec=spec)
+        hidden = response_hidden(policy, *seen, spec=spec) if kept_hidden is None else kept_hidden
         scored = map_row_blocks(
             score_rows,
             hidden[:, :short],
@@ -121,7 +123,8 @@ def score(
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
     order = shortest_together(rollout.response_mask, micro_batch_size)
-    answers = by_rows(jax.tree.map(lambda x: x[order], (*sequences, rollout.finish_reason == TRUNCATED)))
+    answers = (sequences, rollout.hidden, rollout.finish_reason == TRUNCATED)
+    answers = by_rows(jax.tree.map(lambda x: x[order], answers))
     scored = merge_micro_batches(jax.lax.map(score_answers, micro_batches(answers, micro_batch_size)))
     return by_rows(jax.tree.map(lambda x: x[jnp.argsort(order)], scored))
 

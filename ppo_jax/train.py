@@ -148,6 +148,8 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
     not_finite.keep_batch(run.directory, step, stats, steps, kept, mesh=run.mesh, decode=decode)
     if step == 0:
         invariants.assert_ratio_is_one(stats[0], compute_dtype=compute_dtype)
+    if config.rollout.reuse_states:  # scoring had the states of the decode: the first ratios are what they leave
+        observed["rollout/logprob_gap_max"] = stats[0]["policy/log_ratio_abs_max"]
     observed |= {"time/reward_s": scores.seconds, "reward/dropped_frac": float(jnp.mean(dropped, dtype=dtype))}
     return state, observed | update.summarise(stats) | clock.metrics(response_tokens=int(answers.response_mask.sum()))
 
@@ -170,6 +172,7 @@ def answer(
         spec=run.model.spec,
         sampling=run.sampling,
         compute_dtype=run.config.model.compute_dtype,
+        keep_hidden=config.reuse_states and purpose == Purpose.ROLLOUT,
         ref_params=run.ref_params,
         adapter=run.adapter,
     )

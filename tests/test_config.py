@@ -269,6 +269,14 @@ def test_a_value_out_of_its_range_or_type_is_refused_with_key_and_value(key, val
         ({"advantage.discount": 0.9}, "advantage.discount (0.9) has no use without critic.kind"),
         ({"critic.warmup_iterations": 3}, "critic.warmup_iterations (3) has no use without critic.kind"),
         ({"critic.bootstrap_truncated": True}, "critic.bootstrap_truncated (True) has no use without critic.kind"),
+        *(
+            ({"rollout.reuse_states": True} | other, f"rollout.reuse_states does not go with {next(iter(other))}")
+            for other in (
+                {"model.compute_dtype": "bfloat16"},
+                {"update.importance_cap": 2.0},
+                {"critic.bootstrap_truncated": True, "critic.kind": "value_head", "advantage.estimator": "gae"},
+            )
+        ),
         ({"critic.clip_eps": 0.2}, "critic.clip_eps (0.2) has no use without critic.kind"),
         ({"kl.horizon": 7.0}, "kl.horizon (7.0) has no use without kl.target_nats"),
         ({"reward.retries": 7}, "reward.retries (7) has no use without reward.url"),

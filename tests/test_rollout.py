@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import rollout, scoring
+from ppo_jax.models.decoder import response_hidden
 from ppo_jax.ops.randomness import Purpose, purpose_key, rollout_uniforms
 from ppo_jax.prompts import pad_left
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED
@@ -19,7 +20,7 @@ def prompt_batch(tiny, texts):
     return pad_left(texts, [tiny.model.tokenizer(text)["input_ids"] for text in texts])
 
 
-def generate(tiny, texts=PROMPTS, *, uniforms=None, eos=(1,), stops=(), sampling=PLAIN, per_prompt=1):
+def generate(tiny, texts=PROMPTS, *, uniforms=None, eos=(1,), stops=(), sampling=PLAIN, per_prompt=1, **options):
     batch = prompt_batch(tiny, list(texts))
     if uniforms is None:
         key = purpose_key(0, 0, Purpose.ROLLOUT)
@@ -35,6 +36,7 @@ def generate(tiny, texts=PROMPTS, *, uniforms=None, eos=(1,), stops=(), sampling
         spec=tiny.model.spec,
         sampling=sampling,
         compute_dtype="float32",
+        **options,
     )
 
 
@@ -56,6 +58,19 @@ def test_the_cached_decode_gives_the_log_probs_of_the_whole_forward(tiny, temper
         micro_batch_size=3,
     )
     np.testing.assert_allclose(answers.behaviour_logprobs, scored.old_logprobs, rtol=0, atol=2e-5)
+
+
+def test_the_states_that_come_along_are_those_of_the_whole_forward_up_to_the_end_of_an_answer(tiny):
+    answers = generate(tiny, eos=range(1, 60), keep_hidden=True, per_prompt=2)
+    mask = np.asarray(answers.response_mask)
+    assert 0 < mask.sum() < mask.size
+    sequences = (answers.prompt_tokens, answers.prompt_mask, answers.response_tokens, answers.response_mask)
+    expected = response_hidden(tiny.params, *sequences, spec=tiny.model.spec)
+    np.testing.assert_allclose(answers.hidden, np.where(mask[..., None], expected, 0), atol=2e-5)
+    np.testing.assert_array_equal(rollout.crop(answers, 4).hidden, answers.hidden[:, :4])
+    without = generate(tiny, eos=range(1, 60), per_prompt=2)
+    assert without.hidden is None
+    np.testing.assert_array_equal(answers.response_tokens, without.response_tokens)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_its_place(tiny):

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +121,20 @@ def test_answers_of_one_length_are_scored_together_on_a_shorter_axis_and_change_
     whole, parts = score(tiny, reference[1], rollout), score(tiny, reference[1], rollout, micro_batch_size=2)
     assert axes == {16, 32}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), whole, parts)
+
+
+def test_states_kept_from_the_rollout_are_what_the_policy_says(tiny, reference, monkeypatch):
+    """They are those of `response_hidden`; nothing of the policy but its head is read, on whatever axis."""
+    monkeypatch.setattr("ppo_jax.ops.streaming.SHORTEST_AXIS", 1)
+    rollout = some_rollout(tiny)
+    sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
+    kept = replace(rollout, hidden=response_hidden(tiny.params, *sequences, spec=tiny.model.spec))
+    of_head = {name: tree for name, tree in tiny.params.items() if not name.startswith("layer_")}
+    of_nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tiny.params)
+    expected = score(tiny, reference[1], rollout)
+    for micro_batch_size in (6, 2):
+        found = score(tiny._replace(params=of_nothing | of_head), reference[1], kept, micro_batch_size)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
 
 
 def test_no_array_of_batch_by_length_by_vocabulary_is_ever_held():

@@ -320,6 +320,20 @@ def test_what_is_earned_is_saved_when_a_later_reward_fails(tiny_model, tmp_path,
     assert list(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) == [saved]
 
 
+def test_a_run_that_scores_from_the_states_of_its_rollout_is_the_same_run_to_rounding(tiny_model, tmp_path):
+    """And says how far the two forwards of its policy are apart, in every iteration and not only the first."""
+    one_step = {"update__epochs": 1, "update__minibatch_size": 16}
+    reusing, plain = (
+        run(tiny_model, tmp_path / str(reuse), run__iterations=2, rollout__reuse_states=reuse, **one_step).metrics
+        for reuse in (True, False)
+    )
+    for name in ("score/mean", "kl/seq_nats", "policy/entropy_nats", "loss/policy", "update/grad_norm"):
+        found, expected = ([row[name] for row in rows] for rows in (reusing, plain))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert all(0 < row["rollout/logprob_gap_max"] < 1e-3 for row in reusing)
+    assert all(row["rollout/logprob_gap_max"] == row["policy/log_ratio_abs_max"] for row in reusing)
+
+
 def test_the_kl_budget_and_the_time_limit_end_a_run_cleanly(tiny_model, tmp_path):
     budget = run(tiny_model, tmp_path / "kl", run__max_seq_kl_nats=1e-4, run__iterations=10)
     assert "KL budget" in budget.stop_reason

@@ -30,6 +30,7 @@ def made(workload: Workload) -> tuple[Run, TrainState]:
         "rollout.max_new_tokens": workload.new_tokens,
         "rollout.min_new_tokens": workload.new_tokens,
         "rollout.top_p": 0.9,
+        "rollout.reuse_states": workload.dtype == "float32",  # as TRL takes its log-probs from the sampler
         "update.epochs": workload.epochs,
         "update.minibatch_size": workload.batch,
         "update.micro_batch_size": workload.micro_batch,
