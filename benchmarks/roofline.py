@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def products_seconds(spec: DecoderSpec, tokens: int, of_head: int, dtype: str, *
     """(seconds of all matrix products of a pass, each timed by itself; their floating-point operations)."""
     total, operations = 0.0, 0
     shapes = [(tokens, shape, times) for shape, times in matrix_products(spec).items()]
-    for rows, (inner, outer), times in [*shapes, (of_head, (spec.width, spec.vocab_size), 1)]:
+    for rows, (inner, outer), times in [*filter(itemgetter(2), shapes), (of_head, (spec.width, spec.vocab_size), 1)]:
         x, kernel, gradient = (jnp.ones(shape, dtype) for shape in ((rows, inner), (inner, outer), (rows, outer)))
         products = [(jax.jit(matmul), (x, kernel))]
         if gradients:
@@ -111,7 +112,9 @@ def distances(workload: Workload, bandwidth: float) -> dict[str, dict[str, float
                     taken[phase].append(numbers[f"time/{phase}_s"])
     forward, _ = products_seconds(spec, *rows, workload.dtype, gradients=False)
     whole, operations = products_seconds(spec, *rows, workload.dtype, gradients=True)
-    found["score"] = (statistics.median(taken["score"]), 2 * forward)
+    head, _ = products_seconds(replace(spec, layers=()), *rows, workload.dtype, gradients=False)
+    of_policy = head if config.rollout.reuse_states else forward
+    found["score"] = (statistics.median(taken["score"]), forward + of_policy)
     found["update"] = (statistics.median(taken["update"]), workload.epochs * whole)
     distance = {phase: {"s": of, "limit_s": limit, "share": limit / of} for phase, (of, limit) in found.items()}
     distance["update"]["flops_per_s"] = workload.epochs * operations / found["update"][0]
