@@ -1,11 +1,12 @@
-"""`python -m benchmarks.soak [--kills N] [--config FILE] [--section.key VALUE ...]`: kill a run over and over.
+"""`python -m benchmarks.soak [--kills N] [--cache_kills N] [--config FILE] [--section.key VALUE ...]`: kill it again.
 
-A run is ended by SIGKILL at random moments behind its start-up and resumed each time, N times; then it ends bit for bit
+A run is ended by SIGKILL at random moments behind its start-up and resumed each time; then it ends bit for bit
 where the same run ends that nobody touched: parameters, moments, KL coefficient, running statistics, metrics but for
 times, samples, and the exported policy. Every kill is told with the phase it fell into. Exit code 1 on any difference.
 
 Each start is a process of its own, forked from one that has imported everything and run nothing. The two runs have a
-compilation cache each, empty at first, so that kills also fall into its writes.
+compilation cache each, empty at first. Its entries are written as on a slow disk, in pieces, and the first kills, those
+of `--cache_kills`, wait for such a write: they leave entries cut short, which the next start must find.
 """
 
 import argparse
@@ -21,14 +22,15 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src import compilation_cache as jax_cache
+from jax._src.lru_cache import LRUCache
 
-from ppo_jax import checkpoint, cli, train
+from ppo_jax import checkpoint, cli, compilation_cache, train
 from ppo_jax.checkpoint import Checkpoints
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.monitor.sinks import MetricsWriter, read_rows
@@ -46,7 +48,8 @@ SETTINGS = {
     "checkpoint.save_every": 1,
 }
 SLOT = 32
-START = "start-up"
+START, CACHE_WRITE = "start-up", "cache write"
+PIECES, PIECE_S = 8, 0.005  # of an entry of the compilation cache
 
 
 class Phases:
@@ -97,7 +100,19 @@ class Phases:
         watched(MetricsWriter, "write", "metrics")
         watched(Checkpoints, "save", "save")
         watched(Checkpoints, "_complete", "checkpoint", slot=1)
-        watched(jax_cache, "put_executable_and_time", "cache write")
+        LRUCache.put = put_slowly
+        watched(LRUCache, "put", CACHE_WRITE)
+
+
+def put_slowly(cache: LRUCache, key: str, value: bytes) -> None:
+    """`LRUCache.put`: straight to the name of an entry that is not there, but slowly."""
+    path = Path(str(cache.path)) / f"{key}-cache"
+    if path.exists():
+        return
+    with path.open("wb", buffering=0) as file:
+        for piece in np.array_split(np.frombuffer(value, np.uint8), PIECES):
+            file.write(piece.tobytes())
+            time.sleep(PIECE_S)
 
 
 def start(arguments: list[str], phases: Phases, cache: Path, log: Path) -> int:
@@ -134,17 +149,32 @@ def rows_of(run: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def kill(child: int, phases: Phases, run: Path, *, rows: int, seconds: float) -> tuple[str, str]:
-    """SIGKILL so long after the start-up and so many more rows of metrics; the phases it fell into."""
-    while phases.get()[0] == START or rows_of(run) < rows:
+TOO_SHORT = "a run ended before it was killed: raise --run.iterations, or see the log (--keep)"
+
+
+def wait(child: int, until: Callable[[], bool]) -> None:
+    while not until():
         if os.waitpid(child, os.WNOHANG)[0]:
-            raise SystemExit("a run ended before it was killed: raise --run.iterations, or see the log (--keep)")
-        time.sleep(0.005)
+            raise SystemExit(TOO_SHORT)
+        time.sleep(0.001)
+
+
+def kill(child: int, phases: Phases, *, seconds: float) -> tuple[str, str]:
+    """SIGKILL after so long; the phases it fell into."""
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     if ended(child) != -signal.SIGKILL:
-        raise SystemExit("a run ended before it was killed: raise --run.iterations, or see the log (--keep)")
+        raise SystemExit(TOO_SHORT)
     return phases.get()
+
+
+def kill_in_cache_write(child: int, phases: Phases, rng: random.Random) -> tuple[str, str]:
+    """SIGKILL at a random moment of one of the next three writes of the compilation cache."""
+    for _ in range(rng.randint(0, 2)):
+        wait(child, lambda: phases.get()[0] == CACHE_WRITE)
+        wait(child, lambda: phases.get()[0] != CACHE_WRITE)
+    wait(child, lambda: phases.get()[0] == CACHE_WRITE)
+    return kill(child, phases, seconds=rng.uniform(0, 0.9 * PIECES * PIECE_S))
 
 
 def final_state(run: Path) -> dict[str, bytes]:
@@ -176,7 +206,7 @@ def same(whole: Path, parts: Path) -> dict[str, bool]:
     }
 
 
-def soak(arguments: list[str], directory: Path, *, kills: int, seed: int) -> bool:
+def soak(arguments: list[str], directory: Path, *, kills: int, cache_kills: int, seed: int) -> bool:
     phases, rng, log = Phases(), random.Random(seed), directory / "log.txt"
     started = time.perf_counter()
     whole, parts = directory / "whole", directory / "parts"
@@ -186,34 +216,43 @@ def soak(arguments: list[str], directory: Path, *, kills: int, seed: int) -> boo
     median = statistics.median(seconds)
     print(f"unbroken: {time.perf_counter() - started:.0f} s, an iteration takes {median:.2f} s", flush=True)
     fell, resumed, saved = Counter(), [*arguments, f"--run.dir={parts}"], 0
-    for number in range(1, kills + 1):
-        child = start(resumed, phases, directory / "cache_parts", log)
-        # In the first iteration of a start, which traces and compiles, or behind one or two finished ones.
-        more = rng.choice([0, 1, 2])
-        rows = saved + more if more else 0
-        wait = rng.uniform(0, 2 * median if more else seconds[0])
-        main, saving = kill(child, phases, parts, rows=rows, seconds=wait)
+    cache = directory / "cache_parts"
+    for number in range(1, cache_kills + kills + 1):
+        child = start(resumed, phases, cache, log)
+        if number <= cache_kills:
+            main, saving = kill_in_cache_write(child, phases, rng)
+        else:
+            # In the first iteration of a start, which traces and compiles, or behind one or two finished ones.
+            more = rng.choice([0, 1, 2])
+            rows = saved + more if more else 0
+            wait(child, lambda run=parts, rows=rows: phases.get()[0] != START and rows_of(run) >= rows)
+            main, saving = kill(child, phases, seconds=rng.uniform(0, 2 * median if more else seconds[0]))
         saved = max(checkpoint.saved_steps(parts / "checkpoints"), default=0)
-        print(f"kill {number:2d}: {', '.join(filter(None, (main, saving)))}; {rows_of(parts)} rows, step {saved} saved")
-        sys.stdout.flush()
+        cut = sum(compilation_cache.is_cut_short(x.read_bytes()) for x in cache.glob(compilation_cache.ENTRIES))
+        print(
+            f"kill {number:2d}: {', '.join(filter(None, (main, saving)))}; {rows_of(parts)} rows, step {saved} saved"
+            + (f", {cut} entries of the compilation cache cut short" if cut else ""),
+            flush=True,
+        )
         fell.update([main, *([saving] if saving else [])])
         if saved:
             resumed = ["--resume", str(parts)]
         else:  # nothing to go on from yet: the run begins again where it was told to
             resumed = [*arguments, f"--run.dir={directory / f'parts_{number}'}"]
             parts = directory / f"parts_{number}"
-    if ended(start(resumed, phases, directory / "cache_parts", log)) != 0:
+    if ended(start(resumed, phases, cache, log)) != 0:
         raise SystemExit(f"the last start failed:\n{log.read_text()[-2000:]}")
     compared = same(whole, parts)
     print("kills fell into:", ", ".join(f"{name} {count}" for name, count in sorted(fell.items())))
     print("bitwise equal:", ", ".join(f"{name}: {'yes' if equal else 'NO'}" for name, equal in compared.items()))
-    print(f"{kills} kills, {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{cache_kills + kills} kills, {time.perf_counter() - started:.0f} s", flush=True)
     return all(compared.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--cache_kills", type=int, default=5, help="before those, in writes of the compilation cache")
     parser.add_argument("--config", help="a recipe to start from")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--keep", help="directory to work in and leave; by default a temporary one")
@@ -224,7 +263,8 @@ def main() -> None:
         arguments = ["--config", options.config, *arguments]
     with contextlib.ExitStack() as stack:
         directory = options.keep or stack.enter_context(tempfile.TemporaryDirectory())
-        equal = soak(arguments, Path(directory).absolute(), kills=options.kills, seed=options.seed)
+        kills = {"kills": options.kills, "cache_kills": options.cache_kills}
+        equal = soak(arguments, Path(directory).absolute(), **kills, seed=options.seed)
     sys.exit(0 if equal else 1)
 
 
