@@ -56,7 +56,7 @@ def measure(file: Path, seeds: int, overrides: dict[str, Any]) -> dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    return {"machine": platform.platform(), "devices": [str(x) for x in jax.devices()], "jax": jax.__version__}
+    return {"platform": platform.platform(), "devices": [str(x) for x in jax.devices()], "jax": jax.__version__}
 
 
 def main() -> None:
@@ -73,14 +73,8 @@ def main() -> None:
         row = measure(file, arguments.seeds, overrides)
         rows.append(row | {"time / default's": row[SECONDS] / (rows[0] if rows else row)[SECONDS]})
         if arguments.json is not None:
-            machine = {
-                "platform": platform.platform(),
-                "devices": [str(x) for x in jax.devices()],
-                "jax": jax.__version__,
-            }
-            arguments.json.write_text(
-                json.dumps({"machine": machine, "seeds": arguments.seeds, "rows": rows}, indent=2)
-            )
+            report = {"machine": machine(), "seeds": arguments.seeds, "rows": rows}
+            arguments.json.write_text(json.dumps(report, indent=2))
     names = [name for name in rows[0] if name != SECONDS]
     table = Table(*names)
     for row in rows:
