@@ -127,6 +127,7 @@ def adapters(model: str, out: Path) -> None:
     for name in ("one", "tensor"):
         settings = SETTINGS | on(*MESHES[name]) | {"model.path": model, "run.dir": str(out / name)}
         settings |= {"lora.rank": 4, "lora.targets": ["all-linear", "lm_head"], "critic.kind": "value_head"}
+        settings["rollout.reuse_states"] = True
         results[name] = run(load(overrides=settings))
     (out / "results.json").write_text(json.dumps(results))
 
