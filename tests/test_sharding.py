@@ -70,13 +70,13 @@ def two_processes(tiny_model, tmp_path_factory):
     return [json.loads((out / f"results_{index}.json").read_text()) for index in range(2)], out, printed
 
 
-def assert_same_metrics(rows, expected):
+def assert_same_metrics(rows, expected, atol=METRIC_ATOL):
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, expected_row in zip(rows, expected, strict=True):
         assert set(row) == set(expected_row)
         for name, value in row.items():
             if not name.startswith(("time/", "throughput/")):
-                np.testing.assert_allclose(value, expected_row[name], rtol=METRIC_RTOL, atol=METRIC_ATOL, err_msg=name)
+                np.testing.assert_allclose(value, expected_row[name], rtol=METRIC_RTOL, atol=atol, err_msg=name)
 
 
 def assert_same_policy(directory, expected):
@@ -133,7 +133,8 @@ def test_an_adapter_on_eight_devices_is_split_and_is_the_adapter_on_one(tiny_mod
     results = json.loads((tmp_path / "results.json").read_text())
     one, tensor = results["one"], results["tensor"]
     assert tensor["rollouts"] == one["rollouts"]
-    assert_same_metrics(tensor["metrics"], one["metrics"])
+    # With `rollout.reuse_states` scoring has the decode's rounding, which is another one where heads are split.
+    assert_same_metrics(tensor["metrics"], one["metrics"], atol=5e-5)
     assert_same_policy(tmp_path / "tensor", tmp_path / "one")
     assert tensor["held"]["after"] == tensor["held"]["before"]
     for name, shape in one["held"]["before"].items():
