@@ -1,8 +1,8 @@
 """Draw tokens from logits and uniforms (step 1), without ever sorting the vocabulary.
 
 Order: temperature, then top-k, then top-p, each renormalised. Both cuts are thresholds on the probability, found by
-bisection over the bit patterns of non-negative floats (which are ordered like the floats), so they are exact: sorting
-8 rows of 49,152 took 183 ms where the bisection takes 8.
+bisection over the bit patterns of non-negative floats (which are ordered like the floats), so they are exact but for
+the rounding of sums: sorting 8 rows of 49,152 took 183 ms where the bisection takes 3.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,46 @@ from jaxtyping import Array, Bool, Float, Int
 from ppo_jax.ops.logprobs import log_distribution, wide_dtype
 
 
-def _largest_threshold(
-    probs: Float[Array, "B V"], satisfied: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]
+def _threshold(
+    probs: Float[Array, "B V"], worth: Callable[[Float[Array, "*shape"]], Array], target: Array
 ) -> Float[Array, "B 1"]:
-    """Largest τ per row for which `satisfied({probs >= τ})`, found exactly; `satisfied` must hold for the full set."""
+    """A τ per row for which {probs >= τ} is the smallest such set whose worth, Σ worth(p), reaches the target.
+
+    `worth` does not fall as p grows, and the full set must reach the target. The bisection of a row ends where a single
+    entry is left between a τ that holds and one that does not, which is seen by what it is worth; equal entries are
+    never told apart and are bisected to the last bit.
+    """
     bits_type = jnp.dtype(f"int{probs.dtype.itemsize * 8}")
+    worths = worth(probs)
+
+    def value(bits):
+        return jax.lax.bitcast_convert_type(bits, probs.dtype)
+
+    def worth_from(bits):
+        return jnp.sum(jnp.where(probs >= value(bits)[:, None], worths, jnp.zeros((), worths.dtype)), axis=-1)
+
+    def unfinished(state):
+        low, high, worth_low, worth_high = state
+        several = ~(worth_low - worth_high < 1.5 * worth(value(low)))
+        return jnp.any(several & (high - low > 1))
+
+    def halve(state):
+        low, high, worth_low, worth_high = state
+        middle = low + (high - low) // 2
+        reached = worth_from(middle)
+        holds = reached >= target
+        return (
+            jnp.where(holds, middle, low),
+            jnp.where(holds, high, middle),
+            jnp.where(holds, reached, worth_low),
+            jnp.where(holds, worth_high, reached),
+        )
+
     low = jnp.zeros(probs.shape[:1], bits_type)
     high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[:1], 2.0, probs.dtype), bits_type)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        threshold = jax.lax.bitcast_convert_type(middle, probs.dtype)
-        holds = satisfied(probs >= threshold[:, None])
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, probs.dtype.itemsize * 8, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, probs.dtype)[:, None]
+    nothing = jnp.zeros(probs.shape[:1], worths.dtype)
+    low, *_ = jax.lax.while_loop(unfinished, halve, (low, high, jnp.sum(worths, axis=-1), nothing))
+    return value(low)[:, None]
 
 
 def truncated_weights(
@@ -44,11 +67,11 @@ def truncated_weights(
     zero = jnp.zeros((), wide_dtype(logits.dtype))
     probs = jnp.exp(log_distribution(logits, temperature=temperature))
     if top_k > 0:
-        edge = _largest_threshold(probs, lambda kept: jnp.sum(kept, axis=-1) >= min(top_k, probs.shape[-1]))
+        edge = _threshold(probs, jnp.ones_like, jnp.asarray(min(top_k, probs.shape[-1]), probs.dtype))
         probs = jnp.where(probs >= edge, probs, zero)
     if top_p < 1.0:
         target = top_p * jnp.sum(probs, axis=-1)
-        edge = _largest_threshold(probs, lambda kept: jnp.sum(jnp.where(kept, probs, zero), axis=-1) >= target)
+        edge = _threshold(probs, lambda p: p, target)
         edge = jnp.minimum(edge, jnp.max(probs, axis=-1, keepdims=True))
         probs = jnp.where(probs >= edge, probs, zero)
     return probs
