@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.iteration import ours
 from benchmarks.iteration.__main__ import machine
 from benchmarks.iteration.workloads import WORKLOADS, Workload, prepare
+from ppo_jax import host_memory
 
 TINY = replace(WORKLOADS["tiny"], batch=8, new_tokens=32)
 SIZES = {
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything here too")
     parser.add_argument("--plot", type=Path, help="a PNG file")
     options = parser.parse_args()
+    host_memory.keep_freed()  # before torch, which makes the models, has threads with heaps of their own
     console, found = Console(width=100), {}
     for axis in options.axes:
         rows = found[axis] = []

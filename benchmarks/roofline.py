@@ -29,25 +29,30 @@ from ppo_jax.models.decoder import DecoderSpec, matmul
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.ops.randomness import Purpose
 
-REPEATS, COPIED_BYTES = 7, 2**30
+REPEATS, COPIES, COPIED_BYTES = 7, 20, 2**30
 SHORT = 8  # new tokens of the shorter of two rollouts, whose difference is decode steps alone
 
 
-def seconds(function: Callable[..., Any], *arguments: Any, repeats: int = REPEATS) -> float:
-    """Median, the first call not counted."""
+def all_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> list[float]:
+    """Of each call but the first."""
     jax.block_until_ready(function(*arguments))
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
         jax.block_until_ready(function(*arguments))
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return taken
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    return statistics.median(all_seconds(function, *arguments, repeats=REPEATS))
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written in a second by a copy, into memory that is there, of an array that fits no cache."""
+    """Bytes read and written in a second by a copy of an array that fits no cache. The quickest of many: the first ones
+    go into memory that the system has yet to give."""
     array = jnp.ones(COPIED_BYTES // 4, jnp.float32)
-    return 2 * COPIED_BYTES / seconds(jax.jit(lambda x: x + 1), array)
+    return 2 * COPIED_BYTES / min(all_seconds(jax.jit(lambda x: x + 1), array, repeats=COPIES))
 
 
 def matrix_products(spec: DecoderSpec) -> dict[tuple[int, int], int]:
@@ -81,27 +86,31 @@ def products_seconds(spec: DecoderSpec, tokens: int, of_head: int, dtype: str, *
     return total, operations
 
 
-def distances(workload: Workload, bandwidth: float) -> dict[str, dict[str, float]]:
-    """Of each phase: seconds, the limit in seconds, and the share of the limit."""
+def distances(workload: Workload, bandwidth: float, decode_batches: list[int]) -> dict[str, dict[str, float]]:
+    """Of each phase: seconds, the limit in seconds, and the share of the limit.
+
+    A decode step is measured for each of the numbers of answers, which the batch must hold.
+    """
     run, state = ours.made(workload)
+    found: dict[str, tuple[float, float]] = {}
     spec, config = run.model.spec, run.config
     batch, prompt, new = workload.batch, workload.prompt_tokens, workload.new_tokens
     with jax.set_mesh(run.mesh):
         prompts = run.prompts.batch(0, batch)
-        tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)
-
-        def answers(length: int) -> Any:
-            lengths = {"max_new_tokens": length, "min_new_tokens": length}
-            settings = config.model_copy(update={"rollout": config.rollout.model_copy(update=lengths)})
-            shorter = replace(run, config=settings, sampling=replace(run.sampling, min_new_tokens=length))
-            return train.answer(shorter, state, tokens, mask, Purpose.ROLLOUT, step=0)
-
-        step = (seconds(answers, new) - seconds(answers, SHORT)) / (new - SHORT)
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
-        mean_length = prompt + (SHORT + new) / 2
         width = jnp.dtype(workload.dtype).itemsize
-        cache = 2 * batch * spec.kv_heads * spec.head_dim * mean_length * width * len(spec.layers)
-        found = {"decode step": (step, (weights * width / 4 + cache) / bandwidth)}
+        cache = 2 * spec.kv_heads * spec.head_dim * (prompt + (SHORT + new) / 2) * width * len(spec.layers)
+        for answers in decode_batches:
+            tokens, mask = jnp.asarray(prompts.tokens[:answers]), jnp.asarray(prompts.mask[:answers])
+
+            def answer(length: int, tokens=tokens, mask=mask) -> Any:
+                lengths = {"max_new_tokens": length, "min_new_tokens": length}
+                settings = config.model_copy(update={"rollout": config.rollout.model_copy(update=lengths)})
+                shorter = replace(run, config=settings, sampling=replace(run.sampling, min_new_tokens=length))
+                return train.answer(shorter, state, tokens, mask, Purpose.ROLLOUT, step=0)
+
+            step = (seconds(answer, new) - seconds(answer, SHORT)) / (new - SHORT)
+            found[f"decode step, batch {answers}"] = (step, (weights * width / 4 + answers * cache) / bandwidth)
 
         clock, rows = PhaseClock(), (batch * (prompt + new), batch * new)
         taken: dict[str, list[float]] = {"score": [], "update": []}
@@ -124,7 +133,7 @@ def distances(workload: Workload, bandwidth: float) -> dict[str, dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["smollm2", "tiny"])
-    parser.add_argument("--batches", nargs="+", type=int, help="answers of an iteration, in place of the workload's")
+    parser.add_argument("--decode-batches", nargs="+", type=int, default=[1, 8], help="answers of a decode step")
     parser.add_argument("--json", type=Path, help="write everything here too")
     options = parser.parse_args()
     host_memory.keep_freed()
@@ -133,15 +142,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in options.workloads:
             ready = prepare(WORKLOADS[name], Path(directory) / name)
-            for batch in options.batches or [ready.batch]:
-                workload = replace(ready, batch=batch, micro_batch=None if batch < ready.batch else ready.micro_batch)
-                phases = distances(workload, bandwidth)
-                found.append({"workload": name, "batch": batch, "phases": phases})
-                table = Table("", "measured, s", "limit, s", "share of the limit", title=f"{name}, batch {batch}")
-                for phase, of in phases.items():
-                    table.add_row(phase, f"{of['s']:.4f}", f"{of['limit_s']:.4f}", f"{of['share']:.0%}")
-                console.print(table)
-                console.print(f"update: {phases['update']['flops_per_s'] / 1e9:.0f} GFLOP/s of matrix products")
+            phases = distances(ready, bandwidth, [of for of in options.decode_batches if of <= ready.batch])
+            found.append({"workload": name, "batch": ready.batch, "phases": phases})
+            table = Table("", "measured, s", "limit, s", "share of the limit", title=f"{name}, batch {ready.batch}")
+            for phase, of in phases.items():
+                table.add_row(phase, f"{of['s']:.4f}", f"{of['limit_s']:.4f}", f"{of['share']:.0%}")
+            console.print(table)
+            console.print(f"update: {phases['update']['flops_per_s'] / 1e9:.0f} GFLOP/s of matrix products")
     if options.json is not None:
         report = {"machine": machine(), "copy_bytes_per_s": bandwidth, "results": found}
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -37,7 +37,7 @@ def _threshold(
         several = ~(worth_low - worth_high < 1.5 * worth(value(low)))
         return jnp.any(several & (high - low > 1))
 
-    def halve(state):
+    def halve(_, state):
         low, high, worth_low, worth_high = state
         middle = low + (high - low) // 2
         reached = worth_from(middle)
@@ -52,7 +52,9 @@ def _threshold(
     low = jnp.zeros(probs.shape[:1], bits_type)
     high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[:1], 2.0, probs.dtype), bits_type)
     nothing = jnp.zeros(probs.shape[:1], worths.dtype)
-    low, *_ = jax.lax.while_loop(unfinished, halve, (low, high, jnp.sum(worths, axis=-1), nothing))
+    bounds = (low, high, jnp.sum(worths, axis=-1), nothing)
+    # Whether all rows have ended is asked once in a few halvings: devices must tell each other, and a GPU the host.
+    low, *_ = jax.lax.while_loop(unfinished, lambda state: jax.lax.fori_loop(0, 4, halve, state), bounds)
     return value(low)[:, None]
 
 
