@@ -45,6 +45,7 @@ def all_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> 
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Median of some calls."""
     return statistics.median(all_seconds(function, *arguments, repeats=REPEATS))
 
 

@@ -14,7 +14,8 @@ OPTIONS = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (
 
 
 def keep_freed() -> bool:
-    """Tell glibc so, before anything large is allocated. False where it is another library, or where the user has told
+    """Tell glibc so, before anything large is allocated and before torch, if at all, is imported: heaps that its
+    threads have by then go on being used. False where it is another library, or where the user has told
     it otherwise in GLIBC_TUNABLES."""
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
