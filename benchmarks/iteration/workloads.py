@@ -18,7 +18,6 @@ LLAMA = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ WORKLOADS = {
                 "num_attention_heads": 4, "num_key_value_heads": 4,
             },
         ),
-        Workload(
+        Workload(  # Qwen2.5-0.5B's shape without its biases: transformers reads a "qwen2" with Qwen's tokenizer alone
             "0.5b", 64, 128, 256, "bfloat16", micro_batch=16,
-            shape=QWEN2 | {
+            shape=LLAMA | {
                 "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
                 "num_attention_heads": 14, "num_key_value_heads": 2,
             },
@@ -74,7 +73,8 @@ def prepare(workload: Workload, directory: Path) -> Workload:
     (directory / "config.json").write_text(json.dumps(workload.shape), encoding="utf-8")
     config = AutoConfig.from_pretrained(directory)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, workload.dtype)).save_pretrained(directory)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, workload.dtype)).save_pretrained(directory)
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -36,8 +36,24 @@ def token_logprobs(
     (`models.decoder.response_hidden`). Token ids outside the vocabulary give NaN here (and another token's embedding
     in the model) without an error: they are checked on the host, before anything runs.
     """
-    log_probs = log_distribution(logits, temperature=temperature)
+    return _entries(log_distribution(logits, temperature=temperature), tokens)
+
+
+@jax.custom_jvp
+def _entries(log_probs: Float[Array, "*rows V"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """log_probs[..., tokens], whose gradient is a comparison with the tokens and no scatter.
+
+    A scatter takes an array of zeros of the logits' size, which is written, read and added to; a comparison is computed
+    where it is read.
+    """
     return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+
+
+@_entries.defjvp
+def _entries_jvp(primals, tangents):
+    (log_probs, tokens), (tangent, _) = primals, tangents
+    chosen = jnp.arange(log_probs.shape[-1], dtype=tokens.dtype) == tokens[..., None]
+    return _entries(log_probs, tokens), jnp.sum(jnp.where(chosen, tangent, jnp.zeros((), tangent.dtype)), axis=-1)
 
 
 def entropy(logits: Float[Array, "*rows V"], *, temperature: float) -> Float[Array, "*rows"]:
