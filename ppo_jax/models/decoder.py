@@ -88,6 +88,29 @@ def windowed(visible: Bool[Array, "B L S"], window: int | None, first_slot) -> B
     return visible & (first_slot + queries[:, None] - keys[None] < window)[None]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_einsum(equation: str, x: Array, y: Array) -> Array:
+    """Einsum of two operands, each index of one in the other or in the outcome, which is float32 at least.
+
+    The gradient is rounded to the operands' dtype before it is multiplied, as that of any product of theirs is. JAX's
+    own rule widens the operand instead, and a GPU multiplies float32 at half of bfloat16's rate.
+    """
+    return jnp.einsum(equation, x, y, preferred_element_type=wide_dtype(x.dtype))
+
+
+def _wide_einsum_backward(equation, operands, gradient):
+    (x, y), (inputs, outcome) = operands, equation.split("->")
+    of_x, of_y = inputs.split(",")
+    gradient = gradient.astype(x.dtype)
+    return (
+        jnp.einsum(f"{outcome},{of_y}->{of_x}", gradient, y),
+        jnp.einsum(f"{outcome},{of_x}->{of_y}", gradient, x),
+    )
+
+
+wide_einsum.defvjp(lambda equation, x, y: (wide_einsum(equation, x, y), (x, y)), _wide_einsum_backward)
+
+
 def attend(
     queries: Float[Array, "B L N H"],
     keys: Float[Array, "B K S H"],
@@ -107,7 +130,7 @@ def attend(
     # One row for every query that shares a key head: XLA's product on a CPU is slow with both axes apart.
     rows = queries.reshape(batch, length, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, groups * length, head_dim)
-    scores = scale * jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=wide)
+    scores = scale * wide_einsum("bkrh,bksh->bkrs", rows, keys)
     scores = soft_cap(scores, softcap).reshape(batch, kv_heads, groups, length, -1)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -369,14 +392,15 @@ def response_hidden(
 def head_logits(params: Params, hidden: Float[Array, "*rows D"], *, spec: DecoderSpec) -> Float[Array, "*rows V"]:
     """Logits of hidden states, accumulated in float32 at least. A tied head is the embedding itself, not a copy; an
     adapter on it adds to the logits alone."""
-    wide = wide_dtype(hidden.dtype)
-    if spec.tied_head:
-        logits = jnp.einsum("...d,vd->...v", hidden, params["embed"], preferred_element_type=wide)
-    else:
-        logits = jnp.einsum("...d,dv->...v", hidden, params["head"], preferred_element_type=wide)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = (
+        wide_einsum("rd,vd->rv", rows, params["embed"])
+        if spec.tied_head
+        else wide_einsum("rd,dv->rv", rows, params["head"])
+    )
     if "head_lora_a" in params:
-        low = jnp.einsum("...d,dr->...r", hidden, params["head_lora_a"])
-        logits += jnp.einsum("...r,rv->...v", low, params["head_lora_b"], preferred_element_type=wide)
+        logits += wide_einsum("rl,lv->rv", rows @ params["head_lora_a"], params["head_lora_b"])
+    logits = logits.reshape(*hidden.shape[:-1], -1)
     return soft_cap(logits, spec.logit_softcap)
 
 

@@ -52,7 +52,7 @@ def _entries(log_probs: Float[Array, "*rows V"], tokens: Int[Array, "*rows"]) ->
 @_entries.defjvp
 def _entries_jvp(primals, tangents):
     (log_probs, tokens), (tangent, _) = primals, tangents
-    chosen = jnp.arange(log_probs.shape[-1], dtype=tokens.dtype) == tokens[..., None]
+    chosen = jax.nn.one_hot(tokens, log_probs.shape[-1], dtype=bool)
     return _entries(log_probs, tokens), jnp.sum(jnp.where(chosen, tangent, jnp.zeros((), tangent.dtype)), axis=-1)
 
 
