@@ -88,14 +88,16 @@ def windowed(visible: Bool[Array, "B L S"], window: int | None, first_slot) -> B
     return visible & (first_slot + queries[:, None] - keys[None] < window)[None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def wide_einsum(equation: str, x: Array, y: Array) -> Array:
+def _wide_einsum(equation: str, x: Array, y: Array) -> Array:
     """Einsum of two operands, each index of one in the other or in the outcome, which is float32 at least.
 
     The gradient is rounded to the operands' dtype before it is multiplied, as that of any product of theirs is. JAX's
     own rule widens the operand instead, and a GPU multiplies float32 at half of bfloat16's rate.
     """
     return jnp.einsum(equation, x, y, preferred_element_type=wide_dtype(x.dtype))
+
+
+wide_einsum = jax.custom_vjp(_wide_einsum, nondiff_argnums=(0,))
 
 
 def _wide_einsum_backward(equation, operands, gradient):
@@ -108,7 +110,7 @@ def _wide_einsum_backward(equation, operands, gradient):
     )
 
 
-wide_einsum.defvjp(lambda equation, x, y: (wide_einsum(equation, x, y), (x, y)), _wide_einsum_backward)
+wide_einsum.defvjp(lambda equation, x, y: (_wide_einsum(equation, x, y), (x, y)), _wide_einsum_backward)
 
 
 def attend(
