@@ -38,6 +38,8 @@ class Contestant:
     def __init__(self, name: str, workload: Workload):
         command = [sys.executable, "-m", "benchmarks.iteration.worker", name, workload.name]
         command += ["--model", str(workload.model), "--epochs", str(workload.epochs), "--batch", str(workload.batch)]
+        if workload.micro_batch is not None:
+            command += ["--micro-batch", str(workload.micro_batch)]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # peers live on the same GPU
         if name == "ours_glibc":
             environment |= AS_GLIBC_DOES
@@ -45,7 +47,6 @@ class Contestant:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
-        self._line()
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -54,6 +55,9 @@ class Contestant:
             assert self.process.stderr is not None
             raise SystemExit(f"{self.name} ended: {self.process.stderr.read()[-2000:]}")
         return line
+
+    def wait_until_loaded(self) -> None:
+        self._line()
 
     def turn(self) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -68,9 +72,11 @@ class Contestant:
 
 def measure(workload: Workload, names: list[str], rounds: int) -> dict[str, list[dict[str, float]]]:
     """Every counted iteration of every contestant."""
-    contestants = [Contestant(name, workload) for name in names]
+    contestants = [Contestant(name, workload) for name in names]  # they load side by side
     counted: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     try:
+        for contestant in contestants:
+            contestant.wait_until_loaded()
         for index in range(WARM_UP + rounds):
             first = index % len(contestants)
             for contestant in contestants[first:] + contestants[:first]:
@@ -94,6 +100,7 @@ def summarise(workload: Workload, counted: dict[str, list[dict[str, float]]]) ->
     for of in medians.values():
         of["tokens_per_s"] = tokens / of["iteration"]
     summary: dict[str, Any] = {"workload": workload.name, "epochs": workload.epochs, "batch": workload.batch}
+    summary |= {"micro_batch": workload.micro_batch}
     peers = [name for name in counted if not name.startswith(OURS)]
     if OURS in counted and peers:
         summary["ratios"] = {}
@@ -150,6 +157,7 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5, help="counted iterations of each")
     parser.add_argument("--batch-scale", type=int, default=1, help="multiplies the answers of an iteration")
+    parser.add_argument("--micro-batch", type=int, help="answers in a forward pass of every contestant's update")
     parser.add_argument("--only", nargs="+", choices=list(MODULES), default=[OURS, "article", "trl"])
     parser.add_argument("--json", type=Path, help="write everything here too")
     options = parser.parse_args()
@@ -159,6 +167,8 @@ def main() -> None:
             ready = prepare(WORKLOADS[name], Path(directory) / name)
             for epochs in options.epochs:
                 workload = replace(ready, epochs=epochs, batch=ready.batch * options.batch_scale)
+                if options.micro_batch is not None:
+                    workload = replace(workload, micro_batch=options.micro_batch)
                 found.append(summarise(workload, measure(workload, options.only, options.rounds)))
                 print_summary(found[-1], console)
                 if options.json is not None:

@@ -22,10 +22,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--micro-batch", type=int)
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
     workload = replace(WORKLOADS[options.workload], model=options.model, epochs=options.epochs, batch=options.batch)
+    workload = replace(workload, micro_batch=options.micro_batch)
     module = importlib.import_module(f"benchmarks.iteration.{MODULES[options.contestant]}")
     iteration = module.start(workload)
     print("ready", file=answers, flush=True)
