@@ -28,13 +28,16 @@ SAMPLING = torch_rollout.Sampling(
     temperature=TEMPERATURE,
     top_p=0.9,
     top_k=20,
-    eos_tokens=[0, 3],
+    eos_tokens=[0, 3, 5, 8, 13, 21],  # half of the answers have ended early
 )
 
 
 @cache
 def jax_rollout(pair: Pair) -> records.Rollout:
-    """Answers of `ppo_jax`, with its cache: several to a prompt, ragged prompts, a banned EOS, top-k and top-p."""
+    """Answers of `ppo_jax`, with its cache: several to a prompt, ragged prompts, a banned EOS, top-k and top-p.
+
+    When half of them have ended, the other half is decoded on alone.
+    """
     prompts = ragged_answers(pair.case.vocab_size, batch=PROMPTS)
     return rollout.generate(
         pair.params,
@@ -55,6 +58,7 @@ def jax_rollout(pair: Pair) -> records.Rollout:
         ),
         compute_dtype=pair.dtype,
         keep_hidden=True,
+        halvings=1,
     )
 
 

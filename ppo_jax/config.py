@@ -194,6 +194,11 @@ class RolloutConfig(Section, frozen=True):
         default=None, description="tokens that end an answer; by default those of the generation config and tokenizer"
     )
     stop_strings: tuple[NonEmpty, ...] = Field(default=(), description="texts that end an answer; they remain in it")
+    halvings: NonNegative = Field(
+        default=0,
+        description="how often, when half of the answers have ended, the other half is decoded on alone: for answers "
+        "of very different length; each takes a compilation of the decode",
+    )
     reuse_states: bool = Field(
         default=False,
         description="scoring reads the policy from the states that the answers were drawn from: one forward less, and "

@@ -123,6 +123,7 @@ def compile_stages(
                 sampling=build.make_sampling(config),
                 compute_dtype=dtype,
                 keep_hidden=config.rollout.reuse_states,
+                halvings=config.rollout.halvings,
                 ref_params=reference,
                 adapter=adapter,
             ).compile(),

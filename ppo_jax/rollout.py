@@ -1,11 +1,13 @@
 """Step 1: the current policy answers the prompts. Prefill, then one token at a time, all of it on the device.
 
-One compiled call per (batch, prompt bucket): the loop ends when every row has ended, and nothing returns to the host
-before that. The log-probs kept here are those of the full temperature-scaled policy, whatever the sampler cut away.
+One compiled call per (batch, prompt bucket): it ends when every row has ended, and nothing returns to the host before
+that. The log-probs kept here are those of the full temperature-scaled policy, whatever the sampler cut away.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ from ppo_jax.models.lora import Adapter, policy_params
 from ppo_jax.ops.logprobs import log_distribution, wide_dtype
 from ppo_jax.ops.sampling import inverse_cdf, truncated_weights
 from ppo_jax.records import EOS, STOP_STRING, TRUNCATED, Rollout
-from ppo_jax.sharding import by_rows, by_width
+from ppo_jax.sharding import by_rows, by_width, row_shards
 from ppo_jax.tracing import note_compilation
 
 
@@ -53,6 +55,15 @@ class Endings:
 
 
 @struct.dataclass
+class _Answers:
+    """What is known of the answers before the first token."""
+
+    prompt_mask: Bool[Array, "B P"]
+    prompt_lengths: Int[Array, " B"]
+    uniforms: Float[Array, "B T"]
+
+
+@struct.dataclass
 class _Progress:
     """Carry of the decode loop, with `t` tokens written."""
 
@@ -67,7 +78,7 @@ class _Progress:
     hidden: Float[Array, "B T D"] | None
 
 
-@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype", "keep_hidden", "adapter"))
+@partial(jax.jit, static_argnames=("spec", "sampling", "compute_dtype", "keep_hidden", "halvings", "adapter"))
 def generate(
     params: Params,
     prompt_tokens: Int[Array, "N P"],
@@ -80,14 +91,16 @@ def generate(
     sampling: Sampling,
     compute_dtype: str,
     keep_hidden: bool = False,
+    halvings: int = 0,
     ref_params: Params = None,
     adapter: Adapter | None = None,
 ) -> Rollout:
     """B answers to N left-padded prompts, B / N to each, in prompt order; answers to one prompt share its prefill.
 
     `uniforms[b, t]` in [0, 1) decides token t of row b and nothing else, so a row does not depend on its neighbours.
-    With `keep_hidden` the states that tokens were drawn from come along, in the compute dtype. The reference is needed
-    where an `adapter` is what `params` hold.
+    With `keep_hidden` the states that tokens were drawn from come along, in the compute dtype. Where answers end at
+    different times, `halvings` spares the steps of those that have ended, each for another compiled loop. The reference
+    is needed where an `adapter` is what `params` hold.
     """
     (prompts, length), (batch, max_new) = prompt_tokens.shape, uniforms.shape
     note_compilation("rollout", B=batch, P=length, T=max_new)
@@ -102,34 +115,29 @@ def generate(
     cache = jax.tree.map(lambda x: jnp.pad(per_answer(x), room), prompt_cache)
     first = by_width(per_answer(hidden[:, -1:]))[:, 0]
     prompt_tokens, prompt_mask = per_answer(prompt_tokens), per_answer(prompt_mask)
-    prompt_lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+    answers = _Answers(prompt_mask, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), uniforms)
 
-    def write(progress: _Progress, hidden):
+    def write(progress: _Progress, hidden, uniforms):
         if progress.hidden is not None:
             progress = replace(progress, hidden=_put(progress, progress.hidden, hidden))
         return _write_token(progress, head_logits(params, hidden, spec=spec), uniforms, endings, sampling)
 
-    def decode(carry: tuple[_Progress, Cache]):
-        progress, cache = carry
+    def decode(answers: _Answers, progress: _Progress, cache: Any) -> Any:
         last = progress.t - 1
+        written = jnp.broadcast_to(jnp.arange(max_new, dtype=jnp.int32) <= last, answers.uniforms.shape)
         hidden, cache = Decoder(spec).apply(
             {"params": params},
             jax.lax.dynamic_slice_in_dim(progress.tokens, last, 1, axis=1),
-            (prompt_lengths + last)[:, None],
-            jnp.concatenate(
-                [prompt_mask, jnp.broadcast_to(jnp.arange(max_new, dtype=jnp.int32) <= last, (batch, max_new))], axis=1
-            )[:, None],
+            (answers.prompt_lengths + last)[:, None],
+            jnp.concatenate([answers.prompt_mask, written], axis=1)[:, None],
             cache,
             length + last,
         )
-        return write(progress, hidden[:, 0]), cache
-
-    def unfinished(carry: tuple[_Progress, Cache]):
-        return (carry[0].t < max_new) & jnp.any(carry[0].running)
+        return write(progress, hidden[:, 0], answers.uniforms), cache
 
     kept = jnp.zeros((batch, max_new, spec.width), first.dtype) if keep_hidden else None
-    start = write(_empty_progress(batch, max_new, endings, wide_dtype(first.dtype), kept), first)
-    done, _ = jax.lax.while_loop(unfinished, decode, (start, cache))
+    start = write(_empty_progress(batch, max_new, endings, wide_dtype(first.dtype), kept), first, uniforms)
+    done = _finish(decode, answers, start, cache, halvings=halvings)
     return Rollout(
         prompt_tokens=prompt_tokens,
         prompt_mask=prompt_mask,
@@ -142,6 +150,50 @@ def generate(
         policy_version=policy_version,
         hidden=done.hidden,
     )
+
+
+def _finish(
+    decode: Callable[[_Answers, _Progress, Cache], tuple[_Progress, Cache]],
+    answers: _Answers,
+    progress: _Progress,
+    cache: Cache,
+    *,
+    halvings: int,
+) -> _Progress:
+    """The answers decoded to their ends; when half of them have ended, and that often, the other half goes on alone.
+
+    On a mesh each device keeps half of its own: rows stay where they are.
+    """
+    parts = row_shards(progress.running.shape[0])
+
+    def by_part(x: Array) -> Array:
+        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    def half_of(x: Array) -> Array:
+        if x.ndim == 0:
+            return x
+        kept = jax.vmap(lambda part, of: part[of])(by_part(x), rows)
+        return by_rows(kept.reshape(parts * half, *x.shape[1:]))
+
+    def put_back(x: Array, finished: Array) -> Array:
+        if x.ndim == 0:
+            return finished
+        put = jax.vmap(lambda part, of, new: part.at[of].set(new))
+        return put(by_part(x), rows, by_part(finished)).reshape(x.shape)
+
+    half = by_part(progress.running).shape[1] // 2 if halvings else 0
+    progress, cache = jax.lax.while_loop(
+        lambda carry: (
+            jnp.any(jnp.sum(by_part(carry[0].running), axis=1) > half) & (carry[0].t < answers.uniforms.shape[1])
+        ),
+        lambda carry: decode(answers, *carry),
+        (progress, cache),
+    )
+    if not half:
+        return progress
+    rows = jnp.argsort(~by_part(progress.running), axis=1, stable=True)[:, :half]
+    finished = _finish(decode, *jax.tree.map(half_of, (answers, progress, cache)), halvings=halvings - 1)
+    return jax.tree.map(put_back, progress, finished)
 
 
 def _empty_progress(batch: int, max_new: int, endings: Endings, dtype, hidden) -> _Progress:

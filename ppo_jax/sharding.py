@@ -93,6 +93,13 @@ def device_count() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
+def row_shards(rows: int) -> int:
+    """In how many parts so many rows are split on the mesh in use; 1 where there is none."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    parts = math.prod(shape.get(axis, 1) for axis in ROWS)
+    return parts if rows % parts == 0 else 1
+
+
 def _fitting(mesh_shape: Mapping[str, int], axes: tuple[Any, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """The axes of each dimension, left out where they do not divide it."""
 

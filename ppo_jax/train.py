@@ -173,6 +173,7 @@ def answer(
         sampling=run.sampling,
         compute_dtype=run.config.model.compute_dtype,
         keep_hidden=config.reuse_states and purpose == Purpose.ROLLOUT,
+        halvings=config.halvings,
         ref_params=run.ref_params,
         adapter=run.adapter,
     )

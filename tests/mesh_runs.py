@@ -31,6 +31,8 @@ SETTINGS = {
     "rollout.batch_size": 32,
     "rollout.answers_per_prompt": 2,
     "rollout.max_new_tokens": 8,
+    "rollout.halvings": 2,
+    "rollout.eos_tokens": [*"abcdefghijklmnopqrst"],  # many answers end early
     "update.minibatch_size": 16,
     "update.micro_batch_size": 8,
     "update.epochs": 1,

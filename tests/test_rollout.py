@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,45 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_its_place(tiny):
     np.testing.assert_array_equal(shuffled.response_tokens, np.asarray(whole.response_tokens)[order])
     alone = generate(tiny, PROMPTS[3:4], uniforms=rollout_uniforms(key, jnp.asarray([3]), length=LENGTH))
     np.testing.assert_array_equal(alone.response_tokens[0], whole.response_tokens[3])
+
+
+@pytest.mark.parametrize("halvings", [1, 2, 9])
+def test_answers_are_the_same_when_the_unfinished_half_goes_on_alone(tiny, halvings):
+    options = {"eos": range(1, 60), "keep_hidden": True, "per_prompt": 2}
+    whole, halved = (generate(tiny, halvings=times, **options) for times in (0, halvings))
+    lengths = np.sort(np.asarray(whole.response_mask).sum(1))
+    assert lengths[5] < lengths[8] < LENGTH
+    for name in ("response_tokens", "response_mask", "finish_reason", "group_id"):
+        np.testing.assert_array_equal(getattr(halved, name), getattr(whole, name), err_msg=name)
+    for name in ("behaviour_logprobs", "kept_mass", "hidden"):
+        np.testing.assert_allclose(getattr(halved, name), getattr(whole, name), rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("halvings", "steps"),
+    [
+        (0, [8, 8, 8, 8, 8, 8, 8, 8]),
+        (1, [4, 8, 4, 4, 8, 4, 8, 8]),
+        (2, [4, 8, 4, 4, 6, 4, 8, 6]),
+        (3, [4, 8, 4, 4, 6, 4, 7, 6]),
+        (9, [4, 8, 4, 4, 6, 4, 7, 6]),
+    ],
+)
+def test_answers_that_have_ended_are_decoded_on_until_they_are_half_of_those_that_are_left(halvings, steps):
+    lengths = jnp.asarray([3, 9, 4, 2, 7, 5, 8, 6])
+    nothing = Endings(eos_tokens=jnp.zeros((1,), jnp.int32), stop_table=jnp.zeros((0, 1, 10), jnp.int32))
+    start = rollout._empty_progress(8, LENGTH, nothing, jnp.float32, None)
+    answers = rollout._Answers(jnp.ones((8, 2), bool), lengths, jnp.zeros((8, LENGTH)))
+
+    def decode(answers, progress, cache):
+        t, counted = progress.t + 1, progress.kept_mass.at[:, 0].add(1)
+        return dataclasses.replace(progress, t=t, kept_mass=counted, running=t < answers.prompt_lengths), cache
+
+    start = dataclasses.replace(start, t=jnp.ones((), jnp.int32))
+    done = rollout._finish(decode, answers, start, (), halvings=halvings)
+    assert done.kept_mass[:, 0].tolist() == steps
+    assert done.t == 9
+    assert not done.running.any()
 
 
 def test_answers_that_share_a_prefill_equal_answers_to_repeated_prompts(tiny):

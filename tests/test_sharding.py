@@ -90,6 +90,8 @@ def assert_same_policy(directory, expected):
 @pytest.mark.parametrize("name", MANY)
 def test_a_run_on_eight_devices_is_the_run_on_one(meshes, name):
     results, out = meshes
+    lengths = np.sum(results["one"]["rollouts"][0][2], axis=1)
+    assert np.median(lengths) < lengths.max()  # so half of them went on alone, on every device
     # No token of any answer differs, those to the fixed prompts included, nor does a text that was scored.
     assert results[name]["rollouts"] == results["one"]["rollouts"]
     assert results[name]["answers"] == results["one"]["answers"]
