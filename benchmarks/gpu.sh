@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# The GPU lines of the main job, in one go: step-0 invariants, metrics, phase times, compile time and peak memory of the
-# embedded default and of random models of Qwen2.5-0.5B's and Llama-3.2-1B's size, all in bfloat16. Results go to $1.
+# The GPU lines, in one go, the dearest question first: an iteration beside TRL and the article's loop and the distance to
+# the limit, then step-0 invariants, metrics, phase times, compile time and peak memory of the embedded default and of
+# random models of Qwen2.5-0.5B's and Llama-3.2-1B's size, all in bfloat16. Results go to $1. Compiling a model's three
+# stages takes minutes, so what is compiled is kept in $JAX_COMPILATION_CACHE_DIR, by default $1/xla, for the next start.
+# The three contestants of the 0.5 B model want about 100 GB of one GPU between them.
 set -euo pipefail
 out=${1:?usage: benchmarks/gpu.sh RESULTS_DIRECTORY}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH=${PYTHONPATH:-.}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/xla}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # so that nvidia-smi sees what is used, not what is reserved
 
 # Trains with the arguments after the first, a name, and prints the largest memory that any GPU held meanwhile.
@@ -21,6 +25,10 @@ measure() {
     echo "$name: peak memory of a GPU $(sort -n "$out/$name.memory" | tail -1) MiB" | tee -a "$out/memory.txt"
 }
 
+for size in 0.5b 1b; do
+    "$python" -m benchmarks.iteration --workloads "$size" --epochs 1 --rounds 3 --json "$out/iteration_$size.json"
+    "$python" -m benchmarks.roofline --workloads "$size" --decode-batches 64 --json "$out/roofline_$size.json"
+done
 measure tiny_reviews --run.iterations 40
 for size in 0.5b 1b; do
     "$python" -m benchmarks.random_model --size "$size" --out "$out/model_$size"
