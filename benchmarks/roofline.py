@@ -2,7 +2,8 @@
 
 A decode step has to read every weight and the cache, so its limit is their bytes over the measured bandwidth of a copy.
 Scoring and update are matrix products; their limit is the time that XLA takes for each of the same shape when it is
-computed by itself. Attention, norms, the softmax over the vocabulary and AdamW are measured, but not in the limit.
+computed by itself. Attention, norms, the softmax over the vocabulary and AdamW are measured, but not in the limit. The
+update's rate is also put beside that of one large square product, the dense rate.
 """
 
 import argparse
@@ -33,20 +34,35 @@ REPEATS, COPIES, COPIED_BYTES = 7, 20, 2**30
 SHORT = 8  # new tokens of the shorter of two rollouts, whose difference is decode steps alone
 
 
-def all_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> list[float]:
-    """Of each call but the first."""
+def all_seconds(function: Callable[..., Any], *arguments: Any, repeats: int, calls: int = 1) -> list[float]:
+    """Of a call, each the mean of some in a row, without the first."""
     jax.block_until_ready(function(*arguments))
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        taken.append(time.perf_counter() - started)
+        outcome = None
+        for _ in range(calls):  # one outcome is held, not all
+            outcome = function(*arguments)
+        jax.block_until_ready(outcome)
+        taken.append((time.perf_counter() - started) / calls)
     return taken
 
 
-def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+def seconds(function: Callable[..., Any], *arguments: Any, calls: int = 1) -> float:
     """Median of some calls."""
-    return statistics.median(all_seconds(function, *arguments, repeats=REPEATS))
+    return statistics.median(all_seconds(function, *arguments, repeats=REPEATS, calls=calls))
+
+
+def calls_in_a_row() -> int:
+    """Of a single product: a GPU is told the next one while it computes, and waits for the host between two."""
+    return 1 if jax.default_backend() == "cpu" else 20
+
+
+def dense_rate(dtype: str) -> float:
+    """Floating-point operations in a second of a square product, as large as a device needs for its best rate."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    return 2 * size**3 / min(all_seconds(jax.jit(jnp.matmul), x, x, repeats=REPEATS, calls=calls_in_a_row()))
 
 
 def copy_bandwidth() -> float:
@@ -76,13 +92,16 @@ def products_seconds(spec: DecoderSpec, tokens: int, of_head: int, dtype: str, *
     total, operations = 0.0, 0
     shapes = [(tokens, shape, times) for shape, times in matrix_products(spec).items()]
     for rows, (inner, outer), times in [*filter(itemgetter(2), shapes), (of_head, (spec.width, spec.vocab_size), 1)]:
-        x, kernel, gradient = (jnp.ones(shape, dtype) for shape in ((rows, inner), (inner, outer), (rows, outer)))
+        x, kernel, gradient = (
+            jax.random.normal(jax.random.key(0), shape, dtype)  # what is all alike can be quicker
+            for shape in ((rows, inner), (inner, outer), (rows, outer))
+        )
         products = [(jax.jit(matmul), (x, kernel))]
         if gradients:
             products.append((jax.jit(lambda g, x, w: jax.vjp(lambda x: matmul(x, w), x)[1](g)), (gradient, x, kernel)))
             products.append((jax.jit(lambda g, x, w: jax.vjp(lambda w: matmul(x, w), w)[1](g)), (gradient, x, kernel)))
         for product, operands in products:
-            total += times * seconds(product, *operands)
+            total += times * seconds(product, *operands, calls=calls_in_a_row())
             operations += times * 2 * rows * inner * outer
     return total, operations
 
@@ -128,6 +147,7 @@ def distances(workload: Workload, bandwidth: float, decode_batches: list[int]) -
     found["update"] = (statistics.median(taken["update"]), workload.epochs * whole)
     distance = {phase: {"s": of, "limit_s": limit, "share": limit / of} for phase, (of, limit) in found.items()}
     distance["update"]["flops_per_s"] = workload.epochs * operations / found["update"][0]
+    distance["update"]["share_of_dense_rate"] = distance["update"]["flops_per_s"] / dense_rate(workload.dtype)
     return distance
 
 
@@ -149,7 +169,8 @@ def main() -> None:
             for phase, of in phases.items():
                 table.add_row(phase, f"{of['s']:.4f}", f"{of['limit_s']:.4f}", f"{of['share']:.0%}")
             console.print(table)
-            console.print(f"update: {phases['update']['flops_per_s'] / 1e9:.0f} GFLOP/s of matrix products")
+            rate, share = phases["update"]["flops_per_s"], phases["update"]["share_of_dense_rate"]
+            console.print(f"update: {rate / 1e9:.0f} GFLOP/s of matrix products, {share:.0%} of the dense rate")
     if options.json is not None:
         report = {"machine": machine(), "copy_bytes_per_s": bandwidth, "results": found}
         options.json.write_text(json.dumps(report, indent=1) + "\n")

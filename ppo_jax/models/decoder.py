@@ -100,17 +100,23 @@ def _wide_einsum(equation: str, x: Array, y: Array) -> Array:
 wide_einsum = jax.custom_vjp(_wide_einsum, nondiff_argnums=(0,))
 
 
+def _wide_einsum_forward(equation, x, y):
+    # As in `matmul`: an operand that is not trained, a frozen head, needs no gradient, and so not the other operand.
+    kept = (x.value if y.perturbed else None, y.value if x.perturbed else None)
+    return _wide_einsum(equation, x.value, y.value), (kept, jnp.zeros((), x.value.dtype))
+
+
 def _wide_einsum_backward(equation, operands, gradient):
-    (x, y), (inputs, outcome) = operands, equation.split("->")
+    ((x, y), narrow), (inputs, outcome) = operands, equation.split("->")
     of_x, of_y = inputs.split(",")
-    gradient = gradient.astype(x.dtype)
+    gradient = gradient.astype(narrow.dtype)
     return (
-        jnp.einsum(f"{outcome},{of_y}->{of_x}", gradient, y),
-        jnp.einsum(f"{outcome},{of_x}->{of_y}", gradient, x),
+        None if y is None else jnp.einsum(f"{outcome},{of_y}->{of_x}", gradient, y),
+        None if x is None else jnp.einsum(f"{outcome},{of_x}->{of_y}", gradient, x),
     )
 
 
-wide_einsum.defvjp(lambda equation, x, y: (_wide_einsum(equation, x, y), (x, y)), _wide_einsum_backward)
+wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward, symbolic_zeros=True)
 
 
 def attend(
