@@ -110,7 +110,7 @@ def test_answers_are_the_same_when_the_unfinished_half_goes_on_alone(tiny, halvi
     ],
 )
 def test_answers_that_have_ended_are_decoded_on_until_they_are_half_of_those_that_are_left(halvings, steps):
-    lengths = jnp.asarray([3, 9, 4, 2, 7, 5, 8, 6])
+    lengths = jnp.asarray([3, 9, 4, 2, 7, 5, 8, 6], jnp.int32)
     nothing = Endings(eos_tokens=jnp.zeros((1,), jnp.int32), stop_table=jnp.zeros((0, 1, 10), jnp.int32))
     start = rollout._empty_progress(8, LENGTH, nothing, jnp.float32, None)
     answers = rollout._Answers(jnp.ones((8, 2), bool), lengths, jnp.zeros((8, LENGTH)))
