@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything here too")
     parser.add_argument("--plot", type=Path, help="a PNG file")
     options = parser.parse_args()
+    before = machine()
     host_memory.keep_freed()  # before torch, which makes the models, has threads with heaps of their own
     console, found = Console(width=100), {}
     for axis in options.axes:
@@ -85,7 +86,7 @@ def main() -> None:
             table.add_row(str(size), *(f"{rows[-1][phase]:.3f}" for phase in (*PHASES, "iteration")))
         console.print(table, f"exponent of the upper half: {exponent(rows):.2f}")
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine(), "sizes": found}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": before, "sizes": found}, indent=1) + "\n")
     if options.plot is not None:
         plot(found, options.plot)
 

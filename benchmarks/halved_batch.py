@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted calls of each")
     parser.add_argument("--json", type=Path, help="write everything here too")
     options = parser.parse_args()
+    before = machine()
     host_memory.keep_freed()
     found, console = drawn(options), Console()
     console.print(f"{len(found['lengths'])} answers, tokens: {found['lengths']}")
@@ -74,7 +75,7 @@ def main() -> None:
         table.add_row(str(halvings), f"{seconds:.2f}", f"{plain / seconds:.2f}", "yes" if of["same_tokens"] else "no")
     console.print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine()} | found, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": before} | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def answer_rows(answering: Answering, batch: PromptBatch, indices: Sequence[int]
         spec=model.spec,
         sampling=sampling(config),
         compute_dtype=config.model.compute_dtype,
+        halvings=config.rollout.halvings,
     )
     read = partial(sharding.read, mesh)
     tokens, mask, logprobs = map(read, (answers.response_tokens, answers.response_mask, answers.behaviour_logprobs))

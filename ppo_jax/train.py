@@ -173,7 +173,7 @@ def answer(
         sampling=run.sampling,
         compute_dtype=run.config.model.compute_dtype,
         keep_hidden=config.reuse_states and purpose == Purpose.ROLLOUT,
-        halvings=config.halvings,
+        halvings=config.halvings if purpose == Purpose.ROLLOUT else 0,  # a few fixed prompts are not worth compiling
         ref_params=run.ref_params,
         adapter=run.adapter,
     )

@@ -302,3 +302,24 @@ def test_the_gradients_of_a_matrix_product_are_the_ones_that_jax_derives(narrow,
         )
         for found, derived in zip(of_ours, of_jax, strict=True):
             np.testing.assert_allclose(found, derived, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("equation", ["rd,vd->rv", "rd,dv->rv"])
+def test_a_product_in_float32_has_its_gradients_multiplied_in_the_dtype_of_its_operands(equation):
+    shapes = {"rd": (7, 16), "vd": (24, 16), "dv": (16, 24)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    operands = [jax.random.normal(key, shapes[of]) for key, of in zip(keys, equation[:-4].split(","), strict=True)]
+
+    def loss(x, y):
+        return jnp.sum(jnp.sin(decoder.wide_einsum(equation, x, y)))
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    narrow = [x.astype(jnp.bfloat16) for x in operands]
+    products = [eqn for eqn in jax.make_jaxpr(gradients)(*narrow).eqns if eqn.primitive.name == "dot_general"]
+    assert len(products) == 3
+    assert {var.aval.dtype.name for eqn in products for var in eqn.invars} == {"bfloat16"}
+    assert decoder.wide_einsum(equation, *narrow).dtype == jnp.float32
+    for found, expected in zip(gradients(*narrow), gradients(*(x.astype(jnp.float32) for x in narrow)), strict=True):
+        np.testing.assert_allclose(
+            found.astype(jnp.float32), expected, rtol=0, atol=0.02 * float(jnp.abs(expected).max())
+        )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_jax import answer_file, cli, generate_config
+from ppo_jax import answer_file, cli, generate_config, rollout
 from ppo_jax.config import Config
 from ppo_jax.errors import UserError
 from ppo_jax.generate import generate, sampling, uniforms
@@ -137,11 +138,14 @@ def test_wherever_a_file_was_cut_off_it_is_continued_to_the_bytes_of_an_unbroken
         assert out.read_bytes() == data, cut
 
 
-def test_a_continued_file_takes_another_batch_size(answers, whole, tmp_path):
+@pytest.mark.parametrize("changes", [{"rollout__batch_size": 4}, {"rollout__halvings": 1}])
+def test_a_continued_file_may_be_computed_in_another_way(answers, whole, changes):
     data = whole.read_bytes()
     out = answers()
     out.write_bytes(data[: data.index(b"\n") + 1])
-    answers(out, rollout__batch_size=4)
+    with mock.patch.object(rollout, "generate", wraps=rollout.generate) as made:
+        answers(out, **changes)
+    assert made.call_args.kwargs["halvings"] == changes.get("rollout__halvings", 0)
     assert [row["tokens"] for row in rows(out)] == [row["tokens"] for row in rows(whole)]
 
 

@@ -99,8 +99,8 @@ def summarise(workload: Workload, counted: dict[str, list[dict[str, float]]]) ->
     }
     for of in medians.values():
         of["tokens_per_s"] = tokens / of["iteration"]
-    summary: dict[str, Any] = {"workload": workload.name, "epochs": workload.epochs, "batch": workload.batch}
-    summary |= {"micro_batch": workload.micro_batch}
+    settings = ("epochs", "batch", "micro_batch")
+    summary: dict[str, Any] = {"workload": workload.name} | {name: getattr(workload, name) for name in settings}
     peers = [name for name in counted if not name.startswith(OURS)]
     if OURS in counted and peers:
         summary["ratios"] = {}
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(MODULES), default=[OURS, "article", "trl"])
     parser.add_argument("--json", type=Path, help="write everything here too")
     options = parser.parse_args()
-    console, found = Console(width=160), []
+    console, found, before = Console(width=160), [], machine()
     with tempfile.TemporaryDirectory() as directory:
         for name in options.workloads:
             ready = prepare(WORKLOADS[name], Path(directory) / name)
@@ -172,7 +172,7 @@ def main() -> None:
                 found.append(summarise(workload, measure(workload, options.only, options.rounds)))
                 print_summary(found[-1], console)
                 if options.json is not None:
-                    options.json.write_text(json.dumps({"machine": machine(), "results": found}, indent=1) + "\n")
+                    options.json.write_text(json.dumps({"machine": before, "results": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

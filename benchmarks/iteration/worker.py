@@ -27,7 +27,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
     workload = replace(WORKLOADS[options.workload], model=options.model, epochs=options.epochs, batch=options.batch)
-    workload = replace(workload, micro_batch=options.micro_batch)
+    if options.micro_batch is not None:
+        workload = replace(workload, micro_batch=options.micro_batch)
     module = importlib.import_module(f"benchmarks.iteration.{MODULES[options.contestant]}")
     iteration = module.start(workload)
     print("ready", file=answers, flush=True)

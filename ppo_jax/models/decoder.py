@@ -92,7 +92,7 @@ def _wide_einsum(equation: str, x: Array, y: Array) -> Array:
     """Einsum of two operands, each index of one in the other or in the outcome, which is float32 at least.
 
     The gradient is rounded to the operands' dtype before it is multiplied, as that of any product of theirs is. JAX's
-    own rule widens the operand instead, and a GPU multiplies float32 at half of bfloat16's rate.
+    own rule widens the operand instead, and a GPU multiplies float32 at half of bfloat16's rate at best.
     """
     return jnp.einsum(equation, x, y, preferred_element_type=wide_dtype(x.dtype))
 
@@ -103,13 +103,13 @@ wide_einsum = jax.custom_vjp(_wide_einsum, nondiff_argnums=(0,))
 def _wide_einsum_forward(equation, x, y):
     # As in `matmul`: an operand that is not trained, a frozen head, needs no gradient, and so not the other operand.
     kept = (x.value if y.perturbed else None, y.value if x.perturbed else None)
-    return _wide_einsum(equation, x.value, y.value), (kept, jnp.zeros((), x.value.dtype))
+    return _wide_einsum(equation, x.value, y.value), kept
 
 
 def _wide_einsum_backward(equation, operands, gradient):
-    ((x, y), narrow), (inputs, outcome) = operands, equation.split("->")
+    (x, y), (inputs, outcome) = operands, equation.split("->")
     of_x, of_y = inputs.split(",")
-    gradient = gradient.astype(narrow.dtype)
+    gradient = gradient.astype((y if x is None else x).dtype)
     return (
         None if y is None else jnp.einsum(f"{outcome},{of_y}->{of_x}", gradient, y),
         None if x is None else jnp.einsum(f"{outcome},{of_x}->{of_y}", gradient, x),

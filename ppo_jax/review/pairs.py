@@ -131,6 +131,7 @@ def _answers(
             spec=model.spec,
             sampling=build.make_sampling(config),
             compute_dtype=config.model.compute_dtype,
+            halvings=config.rollout.halvings,
         )
         tokens, mask = (sharding.read(mesh, x) for x in (answers.response_tokens, answers.response_mask))
         yield from build.tokenizer_texts(model.tokenizer, tokens, mask)[: count - start]
