@@ -209,6 +209,7 @@ def make_objective(
         compute_dtype=config.model.compute_dtype,
         micro_batch_size=config.micro_batch_size,
         remat=config.update.remat,
+        min_new_tokens=config.rollout.min_new_tokens,
     )
 
 

@@ -63,6 +63,7 @@ def _answered(
             temperature=config.rollout.temperature,
             compute_dtype=config.model.compute_dtype,
             micro_batch_size=config.micro_batch_size,
+            min_new_tokens=config.rollout.min_new_tokens,
             adapter=run.adapter,
         )
         read = partial(sharding.read, run.mesh)

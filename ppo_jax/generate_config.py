@@ -19,7 +19,8 @@ READ = (
 )
 # Those that a continued file may change: they say how the answers are computed, not which they are.
 NOT_RECORDED = (
-    *("model.path", "model.ignored_config_fields", "mesh.", "prompts.", "rollout.batch_size", "rollout.halvings"),
+    *("model.path", "model.ignored_config_fields", "mesh.", "prompts."),
+    *("rollout.batch_size", "rollout.halvings", "rollout.reuse_states"),
     *("reward.model_batch_size", "reward.time_limit_s", "reward.http_", "reward.timeout_", "reward.retr"),
 )
 

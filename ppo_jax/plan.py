@@ -135,6 +135,7 @@ def compile_stages(
                 temperature=config.rollout.temperature,
                 compute_dtype=dtype,
                 micro_batch_size=config.micro_batch_size,
+                min_new_tokens=config.rollout.min_new_tokens,
                 keep_ref_hidden=objective.loss_kl is not None,
                 values=objective.values,
                 bootstrap=config.critic.bootstrap_truncated,

@@ -40,6 +40,7 @@ from ppo_jax.tracing import note_compilation
         "temperature",
         "compute_dtype",
         "micro_batch_size",
+        "min_new_tokens",
         "keep_ref_hidden",
         "values",
         "bootstrap",
@@ -55,6 +56,7 @@ def score(
     temperature: float,
     compute_dtype: str,
     micro_batch_size: int,
+    min_new_tokens: int = 0,
     keep_ref_hidden: bool = False,
     values: Callable[..., Float[Array, "B T"]] | None = None,
     bootstrap: bool = False,
@@ -64,10 +66,11 @@ def score(
 
     `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
     one of the update, not the rollout's, so that the ratio of the first optimizer step is 1; a rollout that brings its
-    `hidden` states spares the policy's, and leaves that ratio to rounding. With `keep_ref_hidden` the
-    reference's hidden states come along, in the compute dtype: its distribution, B x T x V numbers, is never stored.
-    `values` is a critic's function of (params, policy's hidden states, sequences); with `bootstrap` the states behind
-    truncated answers are valued too. With an `adapter`, `params` hold it and it is laid over the reference.
+    `hidden` states spares the policy's, and leaves that ratio to rounding. No answer is shorter than `min_new_tokens`
+    but those of none, so nothing is compiled for shorter ones. With `keep_ref_hidden` the reference's hidden states
+    come along, in the compute dtype: its distribution, B x T x V numbers, is never stored. `values` is a critic's
+    function of (params, policy's hidden states, sequences); with `bootstrap` the states behind truncated answers are
+    valued too. With an `adapter`, `params` hold it and it is laid over the reference.
     """
     batch, length = rollout.response_tokens.shape
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
@@ -83,7 +86,7 @@ def score(
             scored = score_models(policy, reference, _at_length(sequences, short), kept, truncated)
             return jax.tree.map(lambda x: with_length(x, length) if x.ndim > 1 else x, scored)
 
-        return at_shortest_axis(at_length, sequences[-1])
+        return at_shortest_axis(at_length, sequences[-1], min_new_tokens=min_new_tokens)
 
     def score_models(policy, reference, sequences, kept_hidden, truncated):
         _, _, response_tokens, response_mask = sequences

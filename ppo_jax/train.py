@@ -87,6 +87,7 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             temperature=config.rollout.temperature,
             compute_dtype=compute_dtype,
             micro_batch_size=config.micro_batch_size,
+            min_new_tokens=config.rollout.min_new_tokens,
             keep_ref_hidden=run.objective.loss_kl is not None,
             values=run.objective.values,
             bootstrap=config.critic.bootstrap_truncated,
@@ -294,6 +295,7 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
         temperature=config.rollout.temperature,
         compute_dtype=config.model.compute_dtype,
         micro_batch_size=math.gcd(len(prompts.texts), config.micro_batch_size),  # it must divide their number
+        min_new_tokens=config.rollout.min_new_tokens,
         adapter=run.adapter,
     )
     tokens, mask, token_kl = (

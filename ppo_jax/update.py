@@ -50,6 +50,7 @@ class Objective:
     compute_dtype: str
     micro_batch_size: int
     remat: bool
+    min_new_tokens: int = 0  # nothing is compiled for shorter answers
     # (logits, ref_logits, tokens) -> KL per token; None where no KL is in the loss.
     loss_kl: Callable[..., Float[Array, " rows"]] | None = None
     entropy_coef: float = 0.0
@@ -173,7 +174,9 @@ def loss_and_gradients(
     def evaluate_short(micro_batch):
         answers, weights = micro_batch
         return at_shortest_axis(
-            lambda length: evaluate((_at_length(answers, length), with_length(weights, length))), answers.response_mask
+            lambda length: evaluate((_at_length(answers, length), with_length(weights, length))),
+            answers.response_mask,
+            min_new_tokens=objective.min_new_tokens,
         )
 
     def accumulate(total, micro_batch):

@@ -138,7 +138,9 @@ def test_wherever_a_file_was_cut_off_it_is_continued_to_the_bytes_of_an_unbroken
         assert out.read_bytes() == data, cut
 
 
-@pytest.mark.parametrize("changes", [{"rollout__batch_size": 4}, {"rollout__halvings": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"rollout__batch_size": 4}, {"rollout__halvings": 1}, {"rollout__reuse_states": True}]
+)
 def test_a_continued_file_may_be_computed_in_another_way(answers, whole, changes):
     data = whole.read_bytes()
     out = answers()

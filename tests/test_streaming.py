@@ -124,3 +124,18 @@ def test_micro_batches_hold_the_shortest_answers_first_and_every_answer_once():
 )
 def test_the_axis_is_the_shortest_that_holds_every_answer(longest, axis, expected):
     assert int(at_shortest_axis(jnp.int32, right_padded([1, longest], axis))) == expected
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0, [16, 32, 64]), (16, [16, 32, 64]), (17, [32, 64]), (33, [64])])
+def test_no_axis_is_compiled_that_the_shortest_answer_does_not_fit(least, expected):
+    lengths = []
+
+    def at_length(length):
+        lengths.append(length)
+        return jnp.int32(length)
+
+    # An answer that was dropped has no token; it goes with the shortest axis there is.
+    for longest, used in ((0, expected[0]), (64, 64)):
+        lengths.clear()
+        assert int(at_shortest_axis(at_length, right_padded([longest], 64), min_new_tokens=least)) == used
+        assert lengths == expected

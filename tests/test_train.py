@@ -16,13 +16,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo_jax
-from ppo_jax import build, checkpoint, train
+from ppo_jax import build, checkpoint, scoring, train, update
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.monitor import answers as kept_answers
 from ppo_jax.monitor import samples
 from ppo_jax.monitor.sinks import read_rows
 from ppo_jax.ops.randomness import Purpose
+from ppo_jax.ops.streaming import at_shortest_axis
 from ppo_jax.prompts import Prompts
 from ppo_jax.tracing import compilations
 from ppo_jax.train import RunResult
@@ -362,6 +363,20 @@ def test_the_checks_of_step_zero_hold_for_every_option(tiny_model, tmp_path, cha
     if "rollout__min_new_tokens" in changes:
         assert first["response/len_mean_tokens"] > 3
         assert first["rollout/kept_mass"] < 0.999
+
+
+def test_scoring_and_update_compile_no_axis_shorter_than_the_shortest_answer(tiny_model, tmp_path, monkeypatch):
+    least = {scoring: set(), update: set()}
+    for module, seen in least.items():
+
+        def spy(*arguments, min_new_tokens, seen=seen):
+            seen.add(min_new_tokens)
+            return at_shortest_axis(*arguments, min_new_tokens=min_new_tokens)
+
+        monkeypatch.setattr(module, "at_shortest_axis", spy)
+    changes = {"rollout__min_new_tokens": 5, "update__micro_batch_size": 2, "run__iterations": 1}
+    run(tiny_model, tmp_path / "run", prompts__evaluation_fraction=0.25, monitor__evaluate_every=1, **changes)
+    assert least == {scoring: {5}, update: {5}}
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run_before_the_first_step(tiny_model, tmp_path):

@@ -38,8 +38,11 @@ class Contestant:
     def __init__(self, name: str, workload: Workload):
         command = [sys.executable, "-m", "benchmarks.iteration.worker", name, workload.name]
         command += ["--model", str(workload.model), "--epochs", str(workload.epochs), "--batch", str(workload.batch)]
-        if workload.micro_batch is not None:
-            command += ["--micro-batch", str(workload.micro_batch)]
+        micro_batch = workload.micro_batch
+        if workload.our_micro_batch is not None and name.startswith(OURS):
+            micro_batch = workload.our_micro_batch
+        if micro_batch is not None:
+            command += ["--micro-batch", str(micro_batch)]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # peers live on the same GPU
         if name == "ours_glibc":
             environment |= AS_GLIBC_DOES
@@ -99,7 +102,7 @@ def summarise(workload: Workload, counted: dict[str, list[dict[str, float]]]) ->
     }
     for of in medians.values():
         of["tokens_per_s"] = tokens / of["iteration"]
-    settings = ("epochs", "batch", "micro_batch")
+    settings = ("epochs", "batch", "micro_batch", "our_micro_batch")
     summary: dict[str, Any] = {"workload": workload.name} | {name: getattr(workload, name) for name in settings}
     peers = [name for name in counted if not name.startswith(OURS)]
     if OURS in counted and peers:
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted iterations of each")
     parser.add_argument("--batch-scale", type=int, default=1, help="multiplies the answers of an iteration")
     parser.add_argument("--micro-batch", type=int, help="answers in a forward pass of every contestant's update")
+    parser.add_argument("--our-micro-batch", type=int, help="the same of ours alone, where memory is what is compared")
     parser.add_argument("--only", nargs="+", choices=list(MODULES), default=[OURS, "article", "trl"])
     parser.add_argument("--json", type=Path, help="write everything here too")
     options = parser.parse_args()
@@ -169,6 +173,7 @@ def main() -> None:
                 workload = replace(ready, epochs=epochs, batch=ready.batch * options.batch_scale)
                 if options.micro_batch is not None:
                     workload = replace(workload, micro_batch=options.micro_batch)
+                workload = replace(workload, our_micro_batch=options.our_micro_batch)
                 found.append(summarise(workload, measure(workload, options.only, options.rounds)))
                 print_summary(found[-1], console)
                 if options.json is not None:

@@ -31,6 +31,7 @@ class Workload:
     model: Path | None = None  # a checkpoint; None makes random weights of `shape`
     shape: dict[str, Any] | None = None
     micro_batch: int | None = None  # answers in a forward pass of the update; None is the batch
+    our_micro_batch: int | None = None  # of ours alone; None is that of all
 
 
 WORKLOADS = {

@@ -78,13 +78,16 @@ def shortest_together(response_mask: Bool[Array, "B T"], size: int) -> Int[Array
     return by_length.reshape(-1, size).T.reshape(-1)
 
 
-def at_shortest_axis(function: Callable[[int], Any], response_mask: Bool[Array, "B T"]) -> Any:
+def at_shortest_axis(
+    function: Callable[[int], Any], response_mask: Bool[Array, "B T"], *, min_new_tokens: int = 0
+) -> Any:
     """`function(length)` of the shortest of T / 4, T / 2 and T that holds every answer of these rows.
 
-    All of them are compiled, one is computed; what they return has one shape. The mask is right-padded.
+    All of them are compiled but those that answers of `min_new_tokens` do not fit, one is computed; what they return
+    has one shape. The mask is right-padded.
     """
     whole = response_mask.shape[1]
-    lengths = [length for length in (whole // 4, whole // 2) if length >= SHORTEST_AXIS] + [whole]
+    lengths = [length for length in (whole // 4, whole // 2) if length >= max(SHORTEST_AXIS, min_new_tokens)] + [whole]
     needed = jnp.max(jnp.sum(response_mask, axis=1))
     too_short = sum((needed > length).astype(jnp.int32) for length in lengths[:-1])
     return jax.lax.switch(too_short, [partial(function, length) for length in lengths])
