@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from ppo_jax.monitor import samples
 from ppo_jax.monitor.sinks import read_rows
 from ppo_jax.ops.randomness import Purpose
 from ppo_jax.ops.streaming import at_shortest_axis
+from ppo_jax.plan import compile_stages
 from ppo_jax.prompts import Prompts
 from ppo_jax.tracing import compilations
 from ppo_jax.train import RunResult
@@ -377,6 +379,14 @@ def test_scoring_and_update_compile_no_axis_shorter_than_the_shortest_answer(tin
     changes = {"rollout__min_new_tokens": 5, "update__micro_batch_size": 2, "run__iterations": 1}
     run(tiny_model, tmp_path / "run", prompts__evaluation_fraction=0.25, monitor__evaluate_every=1, **changes)
     assert least == {scoring: {5}, update: {5}}
+
+
+def test_the_plan_compiles_the_axes_that_the_run_will(tiny_model, tmp_path):
+    changes = {"rollout.min_new_tokens": 6, "model.path": str(tiny_model), "run.dir": str(tmp_path / "run")}
+    made, _ = build.build(load(overrides=SMALL | changes), reward=vowel_share, prompts=PROMPTS)
+    with mock.patch.object(scoring, "at_shortest_axis", wraps=at_shortest_axis) as scored:
+        compile_stages(made.config, made.model, made.mesh, prompt_length=9)
+    assert [call.kwargs for call in scored.call_args_list] == [{"min_new_tokens": 6}]
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run_before_the_first_step(tiny_model, tmp_path):
