@@ -15,13 +15,17 @@ from ppo_jax.ops.logprobs import log_distribution, wide_dtype
 
 
 def _threshold(
-    probs: Float[Array, "B V"], worth: Callable[[Float[Array, "*shape"]], Array], target: Array
+    probs: Float[Array, "B V"],
+    worth: Callable[[Float[Array, "*shape"]], Array],
+    target: Float[Array, " B"],
+    *,
+    enough: Float[Array, " B"],
 ) -> Float[Array, "B 1"]:
     """A τ per row for which {probs >= τ} is the smallest such set whose worth, Σ worth(p), reaches the target.
 
-    `worth` does not fall as p grows, and the full set must reach the target. The bisection of a row ends where a single
-    entry is left between a τ that holds and one that does not, which is seen by what it is worth; equal entries are
-    never told apart and are bisected to the last bit.
+    `worth` does not fall as p grows, and {probs >= enough} must reach the target; the largest entry is in the set
+    whatever the target. The bisection of a row ends where a single entry is left between a τ that holds and one that
+    does not, which is seen by what it is worth; equal entries are never told apart and are bisected to the last bit.
     """
     bits_type = jnp.dtype(f"int{probs.dtype.itemsize * 8}")
     worths = worth(probs)
@@ -49,10 +53,8 @@ def _threshold(
             jnp.where(holds, worth_high, reached),
         )
 
-    low = jnp.zeros(probs.shape[:1], bits_type)
-    high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[:1], 2.0, probs.dtype), bits_type)
-    nothing = jnp.zeros(probs.shape[:1], worths.dtype)
-    bounds = (low, high, jnp.sum(worths, axis=-1), nothing)
+    low, high = (jax.lax.bitcast_convert_type(x, bits_type) for x in (enough, jnp.max(probs, axis=-1)))
+    bounds = (low, high, worth_from(low), jnp.zeros_like(target))
     # Whether all rows have ended is asked once in a few halvings: devices must tell each other, and a GPU the host.
     low, *_ = jax.lax.while_loop(unfinished, lambda state: jax.lax.fori_loop(0, 4, halve, state), bounds)
     return value(low)[:, None]
@@ -69,12 +71,14 @@ def truncated_weights(
     zero = jnp.zeros((), wide_dtype(logits.dtype))
     probs = jnp.exp(log_distribution(logits, temperature=temperature))
     if top_k > 0:
-        edge = _threshold(probs, jnp.ones_like, jnp.asarray(min(top_k, probs.shape[-1]), probs.dtype))
+        k = jnp.full(probs.shape[:1], min(top_k, probs.shape[-1]), probs.dtype)
+        edge = _threshold(probs, jnp.ones_like, k, enough=jnp.zeros_like(k))
         probs = jnp.where(probs >= edge, probs, zero)
     if top_p < 1.0:
-        target = top_p * jnp.sum(probs, axis=-1)
-        edge = _threshold(probs, lambda p: p, target)
-        edge = jnp.minimum(edge, jnp.max(probs, axis=-1, keepdims=True))
+        total = jnp.sum(probs, axis=-1)
+        # Tokens below (1 - p) / V of the total are together less than 1 - p of it; half of that, for sums are rounded.
+        enough = (1.0 - top_p) / (2.0 * probs.shape[-1]) * total
+        edge = _threshold(probs, lambda p: p, top_p * total, enough=enough)
         probs = jnp.where(probs >= edge, probs, zero)
     return probs
 
