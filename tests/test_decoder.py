@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parity.models import MODELS
-from ppo_jax.models import decoder, hf_io
+from ppo_jax.models import decoder, hf_io, linear
 from ppo_jax.models.decoder import Decoder, head_logits, hidden_states, positions_from_mask, response_hidden
 from ppo_jax.ops.logprobs import token_logprobs
 
@@ -298,7 +298,7 @@ def test_the_gradients_of_a_matrix_product_are_the_ones_that_jax_derives(narrow,
             jax.grad(lambda x, kernel, product=product: jnp.sum(weights * jnp.sin(product(x, kernel))), (0, 1))(
                 x, kernel
             )
-            for product in (decoder.matmul, jnp.matmul)
+            for product in (linear.matmul, jnp.matmul)
         )
         for found, derived in zip(of_ours, of_jax, strict=True):
             np.testing.assert_allclose(found, derived, rtol=1e-13, atol=1e-13)
