@@ -170,10 +170,12 @@ def measure(config: Config, reference: str, batches: int) -> list[dict[str, Any]
             params,
             ref_params,
             answers,
-            spec=model.spec,
-            temperature=config.rollout.temperature,
-            compute_dtype="float32",
-            micro_batch_size=objective.micro_batch_size,
+            scoring=scoring.Scoring(
+                spec=model.spec,
+                temperature=config.rollout.temperature,
+                compute_dtype="float32",
+                micro_batch_size=objective.micro_batch_size,
+            ),
             keep_ref_hidden=True,
         )
         gradient_of_score = None

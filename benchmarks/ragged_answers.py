@@ -74,8 +74,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     params, opt_state = state.params, state.opt_state
 
     def score(answers: Rollout) -> Scored:
-        options = {"spec": run.model.spec, "temperature": 1.0, "compute_dtype": "float32", "micro_batch_size": MICRO}
-        return scoring.score(params, run.ref_params, answers, **options)
+        return scoring.score(params, run.ref_params, answers, scoring=run.scoring)
 
     def step(experience: Experience) -> Any:
         nonlocal params, opt_state

@@ -27,7 +27,7 @@ from benchmarks.iteration.__main__ import machine
 from benchmarks.iteration.workloads import WORKLOADS, Workload, prepare
 from ppo_jax import host_memory, train
 from ppo_jax.models.decoder import DecoderSpec
-from ppo_jax.models.linear import matmul
+from ppo_jax.models.layers import matmul
 from ppo_jax.monitor.clock import PhaseClock
 from ppo_jax.ops.randomness import Purpose
 

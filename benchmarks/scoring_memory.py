@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import scoring
-from ppo_jax.models.decoder import DecoderSpec, LayerSpec, abstract_params, head_logits
+from ppo_jax.models.decoder import abstract_params, head_logits
+from ppo_jax.models.layers import DecoderSpec, LayerSpec
 from ppo_jax.models.rope import RopeSpec, rope_frequencies
 from ppo_jax.ops.kl import exact_token_kl
 from ppo_jax.records import Rollout
@@ -57,9 +58,8 @@ def streamed_temporaries() -> tuple[int, int]:
         group_id=shape(jnp.int32, BATCH),
         policy_version=shape(jnp.int32),
     )
-    lowered = scoring.score.lower(
-        params, params, rollout, spec=spec, temperature=1.0, compute_dtype="float32", micro_batch_size=BATCH
-    )
+    how = scoring.Scoring(spec=spec, temperature=1.0, compute_dtype="float32", micro_batch_size=BATCH)
+    lowered = scoring.score.lower(params, params, rollout, scoring=how)
     return lowered.compile().memory_analysis().temp_size_in_bytes, BATCH * RESPONSE * VOCABULARY * 4
 
 

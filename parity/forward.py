@@ -122,10 +122,7 @@ def scored_answers(pair: Pair) -> tuple[Named, Named, np.ndarray]:
         pair.params,
         pair.ref_params,
         ours,
-        spec=pair.spec,
-        temperature=TEMPERATURE,
-        compute_dtype=pair.dtype,
-        micro_batch_size=3,
+        scoring=scoring.Scoring(spec=pair.spec, temperature=TEMPERATURE, compute_dtype=pair.dtype, micro_batch_size=3),
         keep_ref_hidden=True,
     )
     twin = torch_scoring.score(pair.model, pair.ref_model, theirs, temperature=TEMPERATURE, micro_batch_size=2)

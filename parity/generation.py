@@ -142,10 +142,9 @@ def ratio_is_one(pair: Pair) -> Iterator[Row]:
             pair.params,
             pair.params,
             given,
-            spec=pair.spec,
-            temperature=TEMPERATURE,
-            compute_dtype=pair.dtype,
-            micro_batch_size=2,
+            scoring=scoring.Scoring(
+                spec=pair.spec, temperature=TEMPERATURE, compute_dtype=pair.dtype, micro_batch_size=2
+            ),
         )
         for given in (answers, whole)
     )

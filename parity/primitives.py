@@ -10,7 +10,7 @@ import torch
 from parity import oracle_layers
 from parity.operations import Results, call_all, compare_all, in_all
 from parity.rows import Row, numpy_of
-from ppo_jax.models import config_fields, decoder, rope
+from ppo_jax.models import config_fields, layers, rope
 from ppo_jax.ops import logprobs, masking
 from ppo_torch_ref import layers as torch_layers
 from ppo_torch_ref import rope as torch_rope
@@ -61,7 +61,7 @@ def _norm(dtype: str, kind: str) -> Results:
         gain = gain + (kind == "rms_offset")
         exact = [oracle_layers.rms_norm(v, gain, eps=NORM_EPS) for v in vectors.reshape(-1, 24)]
     return Results(
-        {kind: numpy_of(decoder.Norm(kind, NORM_EPS).apply({"params": params}, arrays[0]))},
+        {kind: numpy_of(layers.Norm(kind, NORM_EPS).apply({"params": params}, arrays[0]))},
         {kind: numpy_of(torch.func.functional_call(NORMS[kind](24), state, (tensors[0],)))},
         {kind: np.array(exact).reshape(x.shape)},
     )
@@ -72,7 +72,7 @@ def _activation(dtype: str, name: str) -> Results:
     kind = config_fields.ACTIVATION_NAMES[name]
     (array,), (tensor,), (exact,) = in_all(dtype, (np.linspace(-8, 8, 161),))
     return Results(
-        {name: numpy_of(decoder.ACTIVATIONS[kind](array))},
+        {name: numpy_of(layers.ACTIVATIONS[kind](array))},
         {name: numpy_of(torch_layers.ACTIVATIONS[name](tensor))},
         {name: np.array([oracle_layers.ACTIVATIONS[kind](float(x)) for x in exact])},
     )
@@ -115,7 +115,7 @@ def _attention(dtype: str, softcap: float | None) -> Results:
         if sees.any():
             mixed[b, s, n] = oracle_layers.attend(q[b, s, n], k[b, sees, n // 2], v[b, sees, n // 2], **settings)
     by_head, by_head_too = (x.swapaxes(1, 2) for x in arrays[1:3])
-    ours = decoder.attend(arrays[0], by_head, by_head_too, arrays[3], **settings)
+    ours = layers.attend(arrays[0], by_head, by_head_too, arrays[3], **settings)
     theirs = torch_layers.attend(tensors[0], tensors[1], tensors[2], tensors[3], **settings)
     name, read = f"cap {softcap}", visible.any(axis=2)
     ours, theirs = (numpy_of(x).reshape(queries.shape) for x in (ours, theirs))

@@ -47,6 +47,7 @@ from ppo_jax.run_directory import (
     write_description,
 )
 from ppo_jax.run_lock import RunLock
+from ppo_jax.scoring import Scoring
 from ppo_jax.stop_strings import stop_table
 from ppo_jax.update import Objective
 
@@ -67,6 +68,7 @@ class Run:
     held_out: Prompts | None
     reward: Reward
     sampling: Sampling
+    scoring: Scoring
     endings: Endings
     algorithm: Algorithm  # steps 4 and 5
     objective: Objective  # step 6
@@ -141,6 +143,7 @@ def _build(
         held_out=held_out,
         reward=opened_reward if reward is not None else add_reward_model(opened_reward, config, mesh),
         sampling=make_sampling(config),
+        scoring=make_scoring(config, model.spec, adapter),
         endings=endings,
         algorithm=pick_algorithm(config),
         objective=make_objective(config, model.spec, spec_of_critic, adapter),
@@ -268,6 +271,17 @@ def add_reward_model(reward: Reward, config: Config, mesh: jax.sharding.Mesh) ->
     dtype, ignored = config.model.compute_dtype, config.model.ignored_config_fields
     model = load_reward_model(config.reward, mesh, dtype=dtype, ignored_config_fields=ignored)
     return replace(reward, sources=reward.sources | {MODEL: model})
+
+
+def make_scoring(config: Config, spec: DecoderSpec, adapter: Adapter | None) -> Scoring:
+    return Scoring(
+        spec=spec,
+        temperature=config.rollout.temperature,
+        compute_dtype=config.model.compute_dtype,
+        micro_batch_size=config.micro_batch_size,
+        min_new_tokens=config.rollout.min_new_tokens,
+        adapter=adapter,
+    )
 
 
 def make_sampling(config: Config) -> Sampling:

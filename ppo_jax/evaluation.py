@@ -55,17 +55,7 @@ def _answered(
         rows = np.arange(start, start + size)[own] % count  # the last batch is filled up with the first prompts
         placed = (sharding.place_rows(run.mesh, x[rows]) for x in (whole.tokens, whole.mask))
         answers = answer(run, state, *placed, Purpose.EVALUATION, step=batch)
-        scored = scoring.score(
-            state.params,
-            run.ref_params,
-            answers,
-            spec=run.model.spec,
-            temperature=config.rollout.temperature,
-            compute_dtype=config.model.compute_dtype,
-            micro_batch_size=config.micro_batch_size,
-            min_new_tokens=config.rollout.min_new_tokens,
-            adapter=run.adapter,
-        )
+        scored = scoring.score(state.params, run.ref_params, answers, scoring=run.scoring)
         read = partial(sharding.read, run.mesh)
         tokens += list(read(answers.response_tokens))
         masks += list(read(answers.response_mask))

@@ -29,8 +29,8 @@ def keep_freed() -> bool:
     libc = ctypes.CDLL(None)
     taken = [libc.mallopt(option, value) for option, value in OPTIONS.values()]
 
-    def give_back(event: str, seconds: float, **_: object) -> None:
-        if event == COMPILED and seconds > LONG_S:
+    def give_back(event: str, duration_secs: float, **_: object) -> None:
+        if event == COMPILED and duration_secs > LONG_S:
             libc.malloc_trim(0)
 
     monitoring.register_event_duration_secs_listener(give_back)

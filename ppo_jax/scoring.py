@@ -5,7 +5,7 @@ entropy and the exact KL of the whole vocabulary are computed without a [B, T, V
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,52 +33,45 @@ from ppo_jax.sharding import by_rows, device_count, gather_again
 from ppo_jax.tracing import note_compilation
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "spec",
-        "temperature",
-        "compute_dtype",
-        "micro_batch_size",
-        "min_new_tokens",
-        "keep_ref_hidden",
-        "values",
-        "bootstrap",
-        "adapter",
-    ),
-)
+@dataclass(frozen=True)
+class Scoring:
+    """How answers are scored; fixed for a run, so compiled in."""
+
+    spec: DecoderSpec
+    temperature: float
+    compute_dtype: str
+    micro_batch_size: int  # answers that go through the models at a time; it divides B and changes no number
+    min_new_tokens: int = 0  # no answer is shorter but those of none: nothing is compiled for shorter ones
+    adapter: Adapter | None = None  # where one is what is trained: `params` hold it, and it is laid over the reference
+
+
+@partial(jax.jit, static_argnames=("scoring", "keep_ref_hidden", "values", "bootstrap"))
 def score(
     params: Params,
     ref_params: Params,
     rollout: Rollout,
     *,
-    spec: DecoderSpec,
-    temperature: float,
-    compute_dtype: str,
-    micro_batch_size: int,
-    min_new_tokens: int = 0,
+    scoring: Scoring,
     keep_ref_hidden: bool = False,
     values: Callable[..., Float[Array, "B T"]] | None = None,
     bootstrap: bool = False,
-    adapter: Adapter | None = None,
 ) -> Scored:
     """Log-probs [B, T] of both models, entropy of the policy and exact KL(policy || reference), in nats per token.
 
-    `micro_batch_size` answers go through the models at a time; it divides B and changes no number. The forward is the
-    one of the update, not the rollout's, so that the ratio of the first optimizer step is 1; a rollout that brings its
-    `hidden` states spares the policy's, and leaves that ratio to rounding. No answer is shorter than `min_new_tokens`
-    but those of none, so nothing is compiled for shorter ones. With `keep_ref_hidden` the reference's hidden states
-    come along, in the compute dtype: its distribution, B x T x V numbers, is never stored. `values` is a critic's
-    function of (params, policy's hidden states, sequences); with `bootstrap` the states behind truncated answers are
-    valued too. With an `adapter`, `params` hold it and it is laid over the reference.
+    The forward is the one of the update, not the rollout's, so that the ratio of the first optimizer step is 1; a
+    rollout that brings its `hidden` states spares the policy's, and leaves that ratio to rounding. With
+    `keep_ref_hidden` the reference's hidden states come along, in the compute dtype: its distribution, B x T x V
+    numbers, is never stored. `values` is a critic's function of (params, policy's hidden states, sequences); with
+    `bootstrap` the states behind truncated answers are valued too.
     """
+    spec, temperature, compute_dtype = scoring.spec, scoring.temperature, scoring.compute_dtype
     batch, length = rollout.response_tokens.shape
     note_compilation("score", B=batch, P=rollout.prompt_tokens.shape[1], T=length)
     params, ref_params = cast_trunks(params, compute_dtype), cast(ref_params, compute_dtype)
 
     def score_answers(answers):
         (trained, reference), answers = gather_again((params, ref_params), answers)
-        policy = policy_params(trained, reference, adapter)
+        policy = policy_params(trained, reference, scoring.adapter)
         sequences, kept_hidden, truncated = answers
 
         def at_length(short):
@@ -86,7 +79,7 @@ def score(
             scored = score_models(policy, reference, _at_length(sequences, short), kept, truncated)
             return jax.tree.map(lambda x: with_length(x, length) if x.ndim > 1 else x, scored)
 
-        return at_shortest_axis(at_length, sequences[-1], min_new_tokens=min_new_tokens)
+        return at_shortest_axis(at_length, sequences[-1], min_new_tokens=scoring.min_new_tokens)
 
     def score_models(policy, reference, sequences, kept_hidden, truncated):
         _, _, response_tokens, response_mask = sequences
@@ -125,10 +118,10 @@ def score(
         return scored
 
     sequences = (rollout.prompt_tokens, rollout.prompt_mask, rollout.response_tokens, rollout.response_mask)
-    order = shortest_together(rollout.response_mask, micro_batch_size)
+    order = shortest_together(rollout.response_mask, scoring.micro_batch_size)
     answers = (sequences, rollout.hidden, rollout.finish_reason == TRUNCATED)
     answers = by_rows(jax.tree.map(lambda x: x[order], answers))
-    scored = merge_micro_batches(jax.lax.map(score_answers, micro_batches(answers, micro_batch_size)))
+    scored = merge_micro_batches(jax.lax.map(score_answers, micro_batches(answers, scoring.micro_batch_size)))
     return by_rows(jax.tree.map(lambda x: x[jnp.argsort(order)], scored))
 
 

@@ -83,15 +83,10 @@ def ppo_iteration(run: Run, state: TrainState, clock: PhaseClock) -> tuple[Train
             state.params,
             run.ref_params,
             answers,
-            spec=run.model.spec,
-            temperature=config.rollout.temperature,
-            compute_dtype=compute_dtype,
-            micro_batch_size=config.micro_batch_size,
-            min_new_tokens=config.rollout.min_new_tokens,
+            scoring=run.scoring,
             keep_ref_hidden=run.objective.loss_kl is not None,
             values=run.objective.values,
             bootstrap=config.critic.bootstrap_truncated,
-            adapter=run.adapter,
         )
         jax.block_until_ready(scored)
     with clock.phase("reward_wait"), together("the reward"):
@@ -287,17 +282,8 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
     prompts, step = run.fixed_prompts.in_order(), int(state.step)
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)  # on every device: any number will do
     answers = answer(run, state, tokens, mask, Purpose.FIXED_PROMPTS, step=0)
-    scored = scoring.score(
-        split_critic(state.params)[0],
-        run.ref_params,
-        answers,
-        spec=run.model.spec,
-        temperature=config.rollout.temperature,
-        compute_dtype=config.model.compute_dtype,
-        micro_batch_size=math.gcd(len(prompts.texts), config.micro_batch_size),  # it must divide their number
-        min_new_tokens=config.rollout.min_new_tokens,
-        adapter=run.adapter,
-    )
+    of_so_many = replace(run.scoring, micro_batch_size=math.gcd(len(prompts.texts), config.micro_batch_size))
+    scored = scoring.score(split_critic(state.params)[0], run.ref_params, answers, scoring=of_so_many)
     tokens, mask, token_kl = (
         sharding.read(run.mesh, x) for x in (answers.response_tokens, answers.response_mask, scored.token_kl)
     )

@@ -227,10 +227,9 @@ def build_score(made, params, answers, *, bootstrap):
         params,
         made.ref_params,
         answers,
-        spec=made.model.spec,
-        temperature=1.0,
-        compute_dtype="float32",
-        micro_batch_size=len(answers.response_mask),
+        scoring=scoring.Scoring(
+            spec=made.model.spec, temperature=1.0, compute_dtype="float32", micro_batch_size=len(answers.response_mask)
+        ),
         values=made.objective.values,
         bootstrap=bootstrap,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parity.models import MODELS
-from ppo_jax.models import decoder, hf_io, linear
+from ppo_jax.models import decoder, hf_io, layers
 from ppo_jax.models.decoder import Decoder, head_logits, hidden_states, positions_from_mask, response_hidden
 from ppo_jax.ops.logprobs import token_logprobs
 
@@ -236,7 +236,7 @@ def test_a_norm_in_bfloat16_rounds_once_at_the_end(kind):
     generator = np.random.default_rng(0)
     x, weight, bias = (jnp.asarray(generator.normal(size=shape), jnp.bfloat16) for shape in ((1, 40, 64), 64, 64))
     params = {"scale": weight} | ({"bias": bias} if kind == "layer" else {})
-    got = np.asarray(decoder.Norm(kind, 1e-5).apply({"params": params}, x), np.float64)
+    got = np.asarray(layers.Norm(kind, 1e-5).apply({"params": params}, x), np.float64)
     wide, gain, shift = (np.asarray(leaf, np.float64) for leaf in (x, weight, bias))
     wide = wide - wide.mean(-1, keepdims=True) if kind == "layer" else wide
     normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
@@ -298,7 +298,7 @@ def test_the_gradients_of_a_matrix_product_are_the_ones_that_jax_derives(narrow,
             jax.grad(lambda x, kernel, product=product: jnp.sum(weights * jnp.sin(product(x, kernel))), (0, 1))(
                 x, kernel
             )
-            for product in (linear.matmul, jnp.matmul)
+            for product in (layers.matmul, jnp.matmul)
         )
         for found, derived in zip(of_ours, of_jax, strict=True):
             np.testing.assert_allclose(found, derived, rtol=1e-13, atol=1e-13)
@@ -311,14 +311,14 @@ def test_a_product_in_float32_has_its_gradients_multiplied_in_the_dtype_of_its_o
     operands = [jax.random.normal(key, shapes[of]) for key, of in zip(keys, equation[:-4].split(","), strict=True)]
 
     def loss(x, y):
-        return jnp.sum(jnp.sin(decoder.wide_einsum(equation, x, y)))
+        return jnp.sum(jnp.sin(layers.wide_einsum(equation, x, y)))
 
     gradients = jax.grad(loss, argnums=(0, 1))
     narrow = [x.astype(jnp.bfloat16) for x in operands]
     products = [eqn for eqn in jax.make_jaxpr(gradients)(*narrow).eqns if eqn.primitive.name == "dot_general"]
     assert len(products) == 3
     assert {var.aval.dtype.name for eqn in products for var in eqn.invars} == {"bfloat16"}
-    assert decoder.wide_einsum(equation, *narrow).dtype == jnp.float32
+    assert layers.wide_einsum(equation, *narrow).dtype == jnp.float32
     for found, expected in zip(gradients(*narrow), gradients(*(x.astype(jnp.float32) for x in narrow)), strict=True):
         np.testing.assert_allclose(
             found.astype(jnp.float32), expected, rtol=0, atol=0.02 * float(jnp.abs(expected).max())

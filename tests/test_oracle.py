@@ -16,7 +16,7 @@ from parity import oracle_rewards as rewards_oracle
 from parity.cases import random_model
 from parity.learners import EVERY_TERM
 from parity.stacks import Pair
-from ppo_jax.models import decoder
+from ppo_jax.models import layers
 from ppo_jax.ops import advantages, kl, logprobs, losses, masking, rewards
 from ppo_torch_ref import layers as torch_layers
 from ppo_torch_ref import ops as torch_ops
@@ -254,8 +254,8 @@ RIGHT = {
     (stack, name): getattr(stack, name)
     for module, name in ((logprobs, "entropy"), (kl, "exact_token_kl"), (rewards, "token_rewards"))
     for stack in (module, torch_ops)
-} | {(stack, "attend"): stack.attend for stack in (decoder, torch_layers)}
-TWIN = {decoder: torch_layers}  # of all others it is `ops`
+} | {(stack, "attend"): stack.attend for stack in (layers, torch_layers)}
+TWIN = {layers: torch_layers}  # of all others it is `ops`
 
 
 def right(x, module, name):
@@ -293,12 +293,12 @@ DIVIDED = ("whitened", "whitened batch mean", "normalised, groups of 2", "normal
 
 
 def unscaled(*inputs, scale, softcap):
-    stack = torch_layers if isinstance(inputs[0], torch.Tensor) else decoder
+    stack = torch_layers if isinstance(inputs[0], torch.Tensor) else layers
     return RIGHT[stack, "attend"](*inputs, scale=1.0, softcap=softcap)
 
 
 ALIKE = {
-    "no scale of the scores": (decoder, "attend", unscaled, primitives.primitives),
+    "no scale of the scores": (layers, "attend", unscaled, primitives.primitives),
     "entropy in bits": (logprobs, "entropy", bits, operations.log_probs),
     "reversed KL": (kl, "exact_token_kl", reversed_kl, operations.divergences),
     "KL of the wrong sign": (rewards, "token_rewards", rewarded_kl, credit.score),

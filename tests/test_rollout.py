@@ -54,10 +54,9 @@ def test_the_cached_decode_gives_the_log_probs_of_the_whole_forward(tiny, temper
         tiny.params,
         tiny.params,
         answers,
-        spec=tiny.model.spec,
-        temperature=temperature,
-        compute_dtype="float32",
-        micro_batch_size=3,
+        scoring=scoring.Scoring(
+            spec=tiny.model.spec, temperature=temperature, compute_dtype="float32", micro_batch_size=3
+        ),
     )
     np.testing.assert_allclose(answers.behaviour_logprobs, scored.old_logprobs, rtol=0, atol=2e-5)
 

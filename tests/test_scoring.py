@@ -44,15 +44,15 @@ def some_rollout(tiny, length=7, lengths=(7, 1, 4, 7, 2, 5)):
     )
 
 
-def score(tiny, ref_params, rollout, micro_batch_size=6):
+def score(tiny, ref_params, rollout, micro_batch_size=6, *, keep_ref_hidden=False):
     return scoring.score(
         tiny.params,
         ref_params,
         rollout,
-        spec=tiny.model.spec,
-        temperature=TEMPERATURE,
-        compute_dtype="float32",
-        micro_batch_size=micro_batch_size,
+        scoring=scoring.Scoring(
+            spec=tiny.model.spec, temperature=TEMPERATURE, compute_dtype="float32", micro_batch_size=micro_batch_size
+        ),
+        keep_ref_hidden=keep_ref_hidden,
     )
 
 
@@ -94,8 +94,7 @@ def test_a_model_has_no_kl_to_itself(tiny):
 
 def test_the_kept_hidden_states_of_the_reference_give_its_log_probs_again(tiny, reference):
     rollout, ref_params = some_rollout(tiny), reference[1]
-    options = {"spec": tiny.model.spec, "temperature": TEMPERATURE, "compute_dtype": "float32", "micro_batch_size": 2}
-    scored = scoring.score(tiny.params, ref_params, rollout, **options, keep_ref_hidden=True)
+    scored = score(tiny, ref_params, rollout, micro_batch_size=2, keep_ref_hidden=True)
     logits = head_logits(ref_params, scored.ref_hidden, spec=tiny.model.spec)
     again = token_logprobs(logits, rollout.response_tokens, temperature=TEMPERATURE)
     mask = np.asarray(rollout.response_mask)

@@ -51,7 +51,8 @@ def scores(stack: Stack, model: str, answers: Answers, *, micro_batch_size: int 
         if stack.name == "torch":
             scored = torch_scoring.score(of.model, of.ref_model, theirs, **options)
         else:
-            scored = scoring.score(of.params, of.ref_params, ours, spec=of.spec, compute_dtype=stack.dtype, **options)
+            how = scoring.Scoring(spec=of.spec, compute_dtype=stack.dtype, **options)
+            scored = scoring.score(of.params, of.ref_params, ours, scoring=how)
         return np.stack([np.asarray(getattr(scored, name)) for name in SCORES])
 
 

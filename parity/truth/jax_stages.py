@@ -56,10 +56,9 @@ class JaxStages:
             params,
             self.models.reference,
             rollout,
-            spec=SPEC,
-            temperature=TEMPERATURE,
-            compute_dtype="float64",
-            micro_batch_size=len(seq_scores),
+            scoring=scoring.Scoring(
+                spec=SPEC, temperature=TEMPERATURE, compute_dtype="float64", micro_batch_size=len(seq_scores)
+            ),
             keep_ref_hidden=objective.loss_kl is not None,
             values=objective.values,
             bootstrap=recipe.config.critic.bootstrap_truncated,

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ppo_jax.errors import UserError
 from ppo_jax.models import tensor_names
 from ppo_jax.models.config_fields import Fields
-from ppo_jax.models.decoder import DecoderSpec, LayerSpec
+from ppo_jax.models.layers import DecoderSpec, LayerSpec
 from ppo_jax.models.rope import rope_spec, served_positions
 from ppo_jax.models.tensor_names import HEAD, Tensor
 

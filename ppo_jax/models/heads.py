@@ -18,9 +18,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ppo_jax.errors import UserError
 from ppo_jax.models import hf_io
-from ppo_jax.models.decoder import DecoderSpec, Params, at_least_float32
+from ppo_jax.models.decoder import Params
 from ppo_jax.models.families import family_of, tensors_of
 from ppo_jax.models.hf_io import ModelDirectory, Place
+from ppo_jax.models.layers import DecoderSpec, at_least_float32
 from ppo_jax.models.tensor_names import Tensor, linear
 from ppo_jax.sharding import by_rules
 
