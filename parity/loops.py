@@ -142,6 +142,7 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
     run = replace(
         run,
         config=in_float64,
+        scoring=replace(run.scoring, compute_dtype="float64"),
         objective=replace(run.objective, compute_dtype="float64"),
         ref_params=cast(run.ref_params, jnp.float64),
     )
