@@ -39,8 +39,7 @@ def planted(target: str, old: str, new: str) -> Iterator[None]:
     What JAX has traced and compiled is forgotten on entry and on exit, unless the bug is the twin's; what was called
     before the block and is kept elsewhere (an `lru_cache` of results) is not.
     """
-    function = _resolve(target)
-    mutant = _edited(function, target, old, new)
+    function, mutant = edited(target, old, new)
     forget = (lambda: None) if target.startswith("ppo_torch_ref") else jax.clear_caches
     parts = ("__code__", "__defaults__", "__kwdefaults__")
     original = {part: getattr(function, part) for part in parts}
@@ -53,6 +52,12 @@ def planted(target: str, old: str, new: str) -> Iterator[None]:
         for part, value in original.items():
             setattr(function, part, value)
         forget()
+
+
+def edited(target: str, old: str, new: str) -> tuple[FunctionType, FunctionType]:
+    """The function that `target` names, and the one of its edited source; ValueError where the text does not fit."""
+    function = _resolve(target)
+    return function, _edited(function, target, old, new)
 
 
 def _resolve(target: str) -> FunctionType:

@@ -190,7 +190,7 @@ MUTANTS = (
     Planted("sampling at temperature 1", "L4", "ppo_jax.ops.sampling:truncated_weights",
             "log_distribution(logits, temperature=temperature)", "log_distribution(logits, temperature=1.0)"),
     Planted("top-p not renormalised after top-k", "L4", "ppo_jax.ops.sampling:truncated_weights",
-            "target = top_p * jnp.sum(probs, axis=-1)", "target = jnp.full(probs.shape[:1], top_p, probs.dtype)"),
+            "top_p * total, enough", "jnp.full_like(total, top_p), enough"),
     Planted("top_p tested by truth: 0.0 is off", "L4", "ppo_jax.ops.sampling:truncated_weights",
             "if top_p < 1.0:", "if top_p and top_p < 1.0:", trap=21),
     Planted("top_p tested by truth: 0.0 is off", "L4", "ppo_torch_ref.ops:truncated_weights",

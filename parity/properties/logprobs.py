@@ -128,7 +128,7 @@ PROPERTIES = (
         bug(
             "likelihood loss for log-prob",
             "token_logprobs",
-            ("return jnp.take", "return -jnp.take"),
+            ("return _entries", "return -_entries"),
             ("return log_probs", "return -log_probs"),
         ),
     ),
@@ -138,7 +138,7 @@ PROPERTIES = (
         bug(
             "the next token's",
             "token_logprobs",
-            ("tokens[..., None]", "jnp.roll(tokens, 1)[..., None]"),
+            ("temperature), tokens", "temperature), jnp.roll(tokens, 1)"),
             ("tokens.long()[..., None]", "tokens.long().roll(1)[..., None]"),
         ),
     ),

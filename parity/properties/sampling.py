@@ -138,8 +138,7 @@ UNIFORMS = arrays(np.float32, BATCH, elements=st.floats(0, BELOW_ONE, width=32, 
     np.array([0, 0.5, BELOW_ONE], np.float32)
 )
 LOGITS = logits(1.0, 8.0, shape=(BATCH, VOCAB))
-TOP_P_EDGE = "edge = jnp.minimum(edge, jnp.max(probs, axis=-1, keepdims=True))"
-TOP_P_KEEPS = f"{TOP_P_EDGE}\n        probs = jnp.where(probs >= edge"
+TOP_P_KEEPS = "enough=enough)\n        probs = jnp.where(probs >= edge"
 TWIN_KEEPS = (
     "edge = descending.gather(-1, reached.int().argmax(-1, keepdim=True))\n"
     "        probs = zero_masked(probs, probs >= edge"
@@ -160,7 +159,7 @@ PROPERTIES = (
             *bug(
                 "top-p of the whole, not of what top-k left",
                 "truncated_weights",
-                ("top_p * jnp.sum(probs, axis=-1)", "jnp.minimum(top_p, jnp.sum(probs, axis=-1))"),
+                ("top_p * total, enough", "jnp.minimum(top_p, total), enough"),
                 ("top_p * probs.sum(-1, keepdim=True)", "top_p"),
             ),
         ],
@@ -169,7 +168,12 @@ PROPERTIES = (
         the_likeliest_token_is_never_dropped,
         drawn(logits=LOGITS, top_k=st.sampled_from([0, 3])),
         [
-            Mutant("p = 0 reached by nothing", "ppo_jax.ops.sampling:truncated_weights", TOP_P_EDGE, ""),
+            Mutant(
+                "p = 0 reached by nothing",
+                "ppo_jax.ops.sampling:_threshold",
+                "jnp.max(probs, axis=-1)",
+                "1.0 + jnp.max(probs, axis=-1)",
+            ),
             STRICT_EDGE[1],
         ],
     ),
