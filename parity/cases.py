@@ -75,6 +75,7 @@ def padded_sequences(vocab_size: int) -> Iterator[Sequences]:
         "both pads": (column >= start) & (column < start + lengths),
         "length 1": np.ones((2, 1), bool),
         "300 positions": long,
+        "a single token": np.ones((1, 1), bool),
     }
     for layout, mask in masks.items():
         yield Sequences(layout, rng.integers(0, vocab_size, mask.shape).astype(np.int32), mask)

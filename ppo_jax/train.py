@@ -282,6 +282,7 @@ def answer_fixed_prompts(run: Run, state: TrainState) -> None:
     prompts, step = run.fixed_prompts.in_order(), int(state.step)
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)  # on every device: any number will do
     answers = answer(run, state, tokens, mask, Purpose.FIXED_PROMPTS, step=0)
+    # Their number is their own, and a micro-batch has to divide it.
     of_so_many = replace(run.scoring, micro_batch_size=math.gcd(len(prompts.texts), config.micro_batch_size))
     scored = scoring.score(split_critic(state.params)[0], run.ref_params, answers, scoring=of_so_many)
     tokens, mask, token_kl = (

@@ -285,23 +285,34 @@ def test_initial_parameters_have_the_declared_shapes_unit_gains_and_zero_biases(
             assert 0.01 < float(leaf.std()) < 0.03, path
 
 
-@pytest.mark.parametrize(("narrow", "wide"), [(3, 7), (7, 3), (5, 5)])
-def test_the_gradients_of_a_matrix_product_are_the_ones_that_jax_derives(narrow, wide):
+@pytest.mark.parametrize("rows", [(2, 4), (1, 1)])
+@pytest.mark.parametrize(("narrow", "wide"), [(3, 7), (7, 3), (5, 5), (6, 4)])
+def test_a_matrix_product_and_its_gradients_are_the_ones_of_jax(rows, narrow, wide):
+    shapes = ((*rows, narrow), (narrow, wide), (*rows, wide))
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
     with jax.enable_x64(True):
-        x, kernel, weights = (
-            jax.random.normal(key, shape, jnp.float64)
-            for key, shape in zip(
-                jax.random.split(jax.random.PRNGKey(0), 3), ((2, 4, narrow), (narrow, wide), (2, 4, wide)), strict=True
-            )
-        )
-        of_ours, of_jax = (
-            jax.grad(lambda x, kernel, product=product: jnp.sum(weights * jnp.sin(product(x, kernel))), (0, 1))(
-                x, kernel
+        x, kernel, weights = (jax.random.normal(*of, jnp.float64) for of in zip(keys, shapes, strict=True))
+        ours, of_jax = (
+            (
+                product(x, kernel),
+                *jax.grad(lambda x, kernel, of=product: jnp.sum(weights * jnp.sin(of(x, kernel))), (0, 1))(x, kernel),
             )
             for product in (layers.matmul, jnp.matmul)
         )
-        for found, derived in zip(of_ours, of_jax, strict=True):
+        for found, derived in zip(ours, of_jax, strict=True):
             np.testing.assert_allclose(found, derived, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [(2, 4), (1, 1)])
+def test_a_matrix_product_in_bfloat16_is_rounded_once(rows):
+    """A sum of parts that were rounded by themselves would be off by more."""
+    keys = jax.random.split(jax.random.PRNGKey(0), 2)
+    x, kernel = (jax.random.normal(*of).astype(jnp.bfloat16) for of in zip(keys, ((*rows, 64), (64, 48)), strict=True))
+    exact = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+    found = jax.jit(layers.matmul)(x, kernel)
+    assert found.dtype == jnp.bfloat16
+    # bfloat16 has 8 significant bits, so one rounding is off by at most 2^-8 of a number.
+    assert bool(jnp.all(jnp.abs(found.astype(jnp.float32) - exact) <= 1.001 * 2.0**-8 * jnp.abs(exact) + 1e-6))
 
 
 @pytest.mark.parametrize("equation", ["rd,vd->rv", "rd,dv->rv"])

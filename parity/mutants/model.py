@@ -28,6 +28,8 @@ MUTANTS = (
     Planted("padding is attended", "L3", "ppo_torch_ref.model:causal_visibility",
             "return causal & token_mask[:, None, :]",
             "return causal.expand(len(token_mask), -1, -1)", on="llama-tied", trap=9),
+    Planted("half of a single row left out of its product", "L3", "ppo_jax.models.layers:_in_halves",
+            "jnp.sum(parts, axis=0)", "parts[0]", on="llama-tied"),
     Planted("missing 1/sqrt(d)", "L1", "ppo_jax.models.layers:attend",
             "scores = scale * wide_einsum", "scores = wide_einsum"),
     Planted("missing 1/sqrt(d)", "L1", "ppo_torch_ref.layers:attend",
