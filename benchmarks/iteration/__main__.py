@@ -123,13 +123,13 @@ def summarise(workload: Workload, counted: dict[str, list[dict[str, float]]]) ->
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     packages = ("jax", "torch", "transformers", "trl")
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    flags = first.get("flags", "").split()
     gpus = subprocess.run("nvidia-smi -L || true", shell=True, capture_output=True, text=True, check=False).stdout
     return {
-        "cpu": cpu,
+        "cpu": first.get("model name", platform.processor()),
+        "vectors": [name for name in ("avx2", "avx512f", "amx_tile") if name in flags],  # one name has several of these
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus.splitlines(),
         "load before": os.getloadavg()[0],

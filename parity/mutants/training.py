@@ -150,7 +150,7 @@ MUTANTS = (
     Planted("schedule off by one", "L9", "ppo_torch_ref.update:AdamW.step",
             "self.schedule(planned_step)", "self.schedule(planned_step + 1)", on="llama-tied"),
     Planted("the schedule waits for steps that are left out", "L11", "ppo_jax.update:update",
-            "np.int32(planned_step)", 'optax.tree.get(opt_state, "count")', on="shaped"),
+            "np.int32(planned_step)", 'optax.tree.get(opt_state, "count") + 0', on="shaped"),
     Planted("the schedule waits for steps that are left out", "L11", "ppo_torch_ref.update:update",
             "iteration * len(minibatches)", "optimizer.step_count", on="shaped"),
     Planted("clip fraction over the padding", "L9", "ppo_jax.update:ppo_step",
