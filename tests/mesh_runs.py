@@ -117,7 +117,8 @@ def resumed(source: Path, directory: Path, mesh: dict[str, int]) -> dict:
 
 
 def main(model: str, out: Path) -> None:
-    streaming.SHORTEST_AXIS = 4  # so that the shorter half is computed on half of the axis, which all devices choose alike
+    # The shorter half of the answers is computed on half of the axis, which all devices have to choose alike.
+    streaming.SHORTEST_AXIS = 4
     results = {}
     for name, sizes in MESHES.items():
         settings = SETTINGS | on(*sizes) | {"model.path": model, "run.dir": str(out / name)}
