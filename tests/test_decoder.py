@@ -304,8 +304,7 @@ def test_a_matrix_product_and_its_gradients_are_the_ones_of_jax(rows, narrow, wi
 
 
 @pytest.mark.parametrize("rows", [(2, 4), (1, 1)])
-def test_a_matrix_product_in_bfloat16_is_rounded_once(rows):
-    """A sum of parts that were rounded by themselves would be off by more."""
+def test_a_matrix_product_in_bfloat16_stays_in_it_and_is_off_by_one_rounding(rows):
     keys = jax.random.split(jax.random.PRNGKey(0), 2)
     x, kernel = (jax.random.normal(*of).astype(jnp.bfloat16) for of in zip(keys, ((*rows, 64), (64, 48)), strict=True))
     exact = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
