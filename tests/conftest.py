@@ -59,7 +59,7 @@ MEMORY_MAPS = Path("/proc/self/maps")
 @pytest.fixture(autouse=True, scope="module")
 def few_memory_maps():
     """Compiled programs are forgotten between modules once there are many: each is about twenty memory maps, of which
-    Linux grants a process 65,530. A worker of several GB died of a segmentation fault in XLA's compiler without this."""
+    Linux grants a process 65,530. A worker of 6.6 GB died of a segmentation fault in XLA's compiler without this."""
     yield
     if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
