@@ -21,6 +21,7 @@ from parity.training import in_own_units
 from ppo_jax import build, train
 from ppo_jax.config import Config
 from ppo_jax.config_file import load
+from ppo_jax.initial_state import first_state
 from ppo_jax.models.critic import split_critic
 from ppo_jax.models.decoder import cast
 from ppo_jax.models.hf_io import export_tensors
@@ -149,7 +150,7 @@ def _jax_run(config: Config) -> tuple[Named, Named]:
     said: Named = {}
     with jax.set_mesh(run.mesh):
         params = cast(state.params, jnp.float64)
-        state = build.first_state(params, optimizer=run.optimizer, kl_coef=config.kl.coef)
+        state = first_state(params, optimizer=run.optimizer, kl_coef=config.kl.coef)
         for step in range(config.run.iterations):
             state, numbers = train.ppo_iteration(run, state, PhaseClock())
             said |= dated(step, _without_times(numbers))

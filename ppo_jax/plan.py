@@ -14,10 +14,10 @@ from rich.table import Table
 from ppo_jax import build, rollout, scoring, sharding, update
 from ppo_jax.algorithm import make_objective, pick_optimizer
 from ppo_jax.config import Config
+from ppo_jax.initial_state import abstract_critic, abstract_policy
 from ppo_jax.models.decoder import DecoderSpec, Params, abstract_params, parameter_count
 from ppo_jax.models.heads import zero_value_head
 from ppo_jax.models.hf_io import ModelDirectory
-from ppo_jax.models.lora import Adapter, abstract_lora, laid_over
 from ppo_jax.processes import is_lead
 from ppo_jax.prompts import load_split
 from ppo_jax.records import Experience, Rollout
@@ -59,18 +59,6 @@ def print_plan(config: Config, *, resume: bool) -> None:
     console.print(_time_table(config, params, mesh, prompt_length=longest))
 
 
-def abstract_policy(config: Config, model: ModelDirectory) -> tuple[Params, Params, Adapter | None]:
-    """`build.first_policy` as shapes and dtypes, and the adapter; no weights are loaded."""
-    source, adapter = build.open_lora(config, model)
-    reference = abstract_params(model.spec, config.model.compute_dtype)
-    if adapter is None:
-        return abstract_params(model.spec), reference, None
-    lora = abstract_lora(adapter)
-    if source is not None:
-        reference = jax.eval_shape(partial(laid_over, adapter=adapter), reference, lora)
-    return {"lora": lora}, reference, adapter
-
-
 def compile_stages(
     config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, *, prompt_length: int
 ) -> dict[str, Any]:
@@ -78,7 +66,7 @@ def compile_stages(
     batch, length = config.rollout.batch_size, config.rollout.max_new_tokens
     prompts = batch // config.rollout.answers_per_prompt
     optimizer, dtype = pick_optimizer(config), config.model.compute_dtype
-    critic_spec, critic = build.abstract_critic(config, model)
+    critic_spec, critic = abstract_critic(config, model)
     trained, reference, adapter = abstract_policy(config, model)
     params, reference = sharding.abstract(mesh, trained | critic), sharding.abstract(mesh, reference)
     objective = make_objective(config, model.spec, critic_spec, adapter)
@@ -186,7 +174,7 @@ def held_bytes(
     config: Config, model: ModelDirectory, mesh: jax.sharding.Mesh, reward_spec: DecoderSpec | None = None
 ) -> dict[str, int]:
     """What one device holds all along, in bytes."""
-    (params, reference, adapter), (_, critic) = abstract_policy(config, model), build.abstract_critic(config, model)
+    (params, reference, adapter), (_, critic) = abstract_policy(config, model), abstract_critic(config, model)
     dtype = config.model.compute_dtype
     held = {f"{'policy' if adapter is None else 'adapter'}, float32 masters": device_bytes(mesh, params)}
     if critic:

@@ -10,6 +10,7 @@ import pytest
 
 from ppo_jax import algorithm, build, scoring, update
 from ppo_jax.config_file import load
+from ppo_jax.initial_state import abstract_critic
 from ppo_jax.misfits import warnings_of
 from ppo_jax.models.critic import split_critic
 from ppo_jax.ops import kl
@@ -162,7 +163,7 @@ def test_the_value_loss_reaches_the_policy_through_a_shared_trunk_only(tiny_mode
 
 
 def trunk_of(made):
-    return build.abstract_critic(made.config, made.model)[0]
+    return abstract_critic(made.config, made.model)[0]
 
 
 def test_a_missing_end_and_a_wrong_length_are_paid_for(tiny_model, tmp_path):

@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 import ppo_jax
-from ppo_jax import build, plan, sharding
+from ppo_jax import plan, sharding
 from ppo_jax.config import MeshConfig, RewardConfig
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
+from ppo_jax.initial_state import first_critic
 from ppo_jax.plan import print_plan
 from ppo_jax.prompt_forms import text_of
 from ppo_jax.rewards import classifier
@@ -294,7 +295,7 @@ def test_the_dry_run_counts_the_memory_of_a_reward_model_and_of_a_critic(tiny, t
     mesh, spec = sharding.make_mesh(config.mesh), plan.spec_of_reward_model(config)
     held = plan.held_bytes(config, tiny.model, mesh, spec)
     reward = load_reward_model(config.reward, mesh, dtype=dtype)
-    _, critic = build.first_critic(config, tiny.model, tiny.params, mesh)
+    _, critic = first_critic(config, tiny.model, tiny.params, mesh)
     of_policy, of_critic, of_reward = (
         sum(leaf.nbytes for leaf in jax.tree.leaves(params)) for params in (tiny.params, critic, reward.trunk)
     )

@@ -20,7 +20,7 @@ LEVELS = {
     "ratings": 2, "models": 2, "run_lock": 2, "prompts": 2, "sharding": 2, "stop_strings": 2, "pairs": 2,
     "answer_file": 2, "optimizer": 2,
     "rollout": 3, "scoring": 3, "update": 3, "rewards": 3, "monitor": 3, "checkpoint": 3, "report": 3,
-    "reward_training": 3,
+    "reward_training": 3, "initial_state": 3,
     "algorithm": 4, "build": 4, "run_directory": 4,
     "ending": 5, "evaluation": 5, "export": 5, "review": 5, "generate": 6, "train": 6, "plan": 6, "reward_model": 6,
     "cli": 7, "__init__": 8, "__main__": 8,

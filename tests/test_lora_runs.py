@@ -14,6 +14,7 @@ from ppo_jax import build, train, update
 from ppo_jax.config_file import load
 from ppo_jax.errors import UserError
 from ppo_jax.evaluation import against_sft
+from ppo_jax.initial_state import open_lora
 from ppo_jax.models import lora
 from ppo_jax.models.decoder import hidden_states
 from ppo_jax.records import Experience
@@ -90,7 +91,7 @@ def test_the_export_is_the_trained_policy_in_peft_and_in_transformers(new_run, t
 
 
 def adapter_of(tiny):
-    return build.open_lora(load(overrides=LORA), tiny.model)[1]
+    return open_lora(load(overrides=LORA), tiny.model)[1]
 
 
 def lora_head_logits(policy, hidden, spec):

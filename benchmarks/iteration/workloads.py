@@ -5,9 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
-
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -68,7 +65,8 @@ def prepare(workload: Workload, directory: Path) -> Workload:
     if workload.model is not None:
         return workload
     import torch
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(workload.shape), encoding="utf-8")
@@ -85,6 +83,8 @@ def prepare(workload: Workload, directory: Path) -> Workload:
 
 def prompts(workload: Workload) -> list[str]:
     """As many texts as answers, each of `prompt_tokens` tokens: words that are a token of their own."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     candidates = [f"w{i}" for i in range(2, 200)] if workload.shape else [" dog", " cat", " sun", " tree", " house"]
     texts = [

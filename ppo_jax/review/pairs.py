@@ -14,6 +14,7 @@ import numpy as np
 from ppo_jax import build, config_file, ratings, rollout, sharding
 from ppo_jax.config import Config, MeshConfig
 from ppo_jax.errors import UserError
+from ppo_jax.initial_state import copy_params, first_policy, open_lora
 from ppo_jax.models import hf_io
 from ppo_jax.models.decoder import Params
 from ppo_jax.models.hf_io import ModelDirectory
@@ -82,9 +83,9 @@ def make_pairs(directory: Path, config: Config, count: int, prompts_path: str | 
 
 def _reference(config: Config, sft: ModelDirectory, mesh: jax.sharding.Mesh) -> Params:
     """What the run began with: the model at model.path, with the adapter at lora.path where there is one."""
-    source, adapter = build.open_lora(config, sft)
+    source, adapter = open_lora(config, sft)
     if source is not None:
-        return build.first_policy(config, sft, source, adapter, mesh)[1]
+        return first_policy(config, sft, source, adapter, mesh)[1]
     return hf_io.load_params(sft.path, sft.config, sft.spec, place=partial(sharding.place_param, mesh))
 
 
@@ -104,7 +105,7 @@ def prompts_to_rate(config: Config, model: ModelDirectory, count: int, prompts_p
 
 
 def _check_is_reference(params: Params, config: Config, expected: str | None, directory: Path) -> None:
-    found = digest(build.copy_params(params, config.model.compute_dtype))
+    found = digest(copy_params(params, config.model.compute_dtype))
     if expected not in (None, found):
         raise UserError(
             f"the model at model.path ({config.model.path}) is not the one {directory} began with (digest {found}, "
