@@ -6,6 +6,7 @@ process of its own, because JAX settles at its import whether there is a float64
 
 import argparse
 import json
+import logging
 import math
 import os
 import subprocess
@@ -28,13 +29,16 @@ def rows_in_this_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from parity.ladder import climb
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "float32")
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # What the random models and short runs are warned of is not what is compared.
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("ppo_jax").setLevel(logging.ERROR)
     if arguments.model is None:
         torch.set_num_threads(1)  # the random models are too small to share
     rows = climb(arguments.dtype, levels=arguments.levels, cases=arguments.cases, model=arguments.model)
