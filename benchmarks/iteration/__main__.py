@@ -1,9 +1,10 @@
 """`python -m benchmarks.iteration`: ours, the article's loop and TRL's PPOTrainer, in turn in one run on the same work.
 
-Each is a process of its own that waits while another works; they take turns, in another order in every round. Prints
-the medians of the phases, tokens per second, peak memory, and the ratio of ours to the faster peer with its spread over
-the rounds. The first iterations, which compile and warm up, are not counted. Workloads: SmolLM2-135M (`make smollm2`)
-and a tiny Llama on a CPU; random weights of a 0.5 B and a 1 B shape in bfloat16 on a GPU.
+Each is a process of its own that waits while another works, ours as if torch were not installed; they take turns, in
+another order in every round. Prints the medians of the phases, tokens per second, peak memory, and the ratio of ours to
+the faster peer with its spread over the rounds. The first iterations, which compile and warm up, are not counted.
+Workloads: SmolLM2-135M (`make smollm2`) and a tiny Llama on a CPU; random weights of a 0.5 B and a 1 B shape in
+bfloat16 on a GPU.
 """
 
 import argparse
