@@ -36,11 +36,11 @@ def rows_in_this_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "float32")
     transformers_logging.disable_progress_bar()
-    # What the random models and short runs are warned of is not what is compared.
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("ppo_jax").setLevel(logging.ERROR)
     if arguments.model is None:
         torch.set_num_threads(1)  # the random models are too small to share
+        # What they and runs of a few answers are warned of is not what is compared.
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("ppo_jax").setLevel(logging.ERROR)
     rows = climb(arguments.dtype, levels=arguments.levels, cases=arguments.cases, model=arguments.model)
     return [asdict(row) for row in rows]
 

@@ -110,13 +110,13 @@ def until_told(directory: Path) -> None:
     with checkpoint.Checkpoints(directory, keep=KEEP) as checkpoints, noted_signals() as signal_so_far:
         for step in itertools.count(1):
             time.sleep(0.02)
-            if step == 20:
-                print("ready", flush=True)
             if told := processes.from_any(signal_so_far()):
                 checkpoints.save(jax.tree.map(lambda leaf: share(leaf, mesh), state_of(step)))
                 checkpoints.finish()
                 print("saved", step, flush=True)
                 raise SystemExit(128 + told)
+            if step == 20:
+                print("ready", flush=True)
 
 
 if __name__ == "__main__":

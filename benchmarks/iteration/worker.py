@@ -29,10 +29,11 @@ def main() -> None:
     workload = replace(WORKLOADS[options.workload], model=options.model, epochs=options.epochs, batch=options.batch)
     if options.micro_batch is not None:
         workload = replace(workload, micro_batch=options.micro_batch)
-    if MODULES[options.contestant] == "ours":
+    name = MODULES[options.contestant]
+    if name == "ours":
         # `make train` installs no torch, and transformers imports it wherever it finds one: a quarter of a GB.
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    module = importlib.import_module(f"benchmarks.iteration.{MODULES[options.contestant]}")
+        sys.modules["torch"] = None
+    module = importlib.import_module(f"benchmarks.iteration.{name}")
     iteration = module.start(workload)
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:

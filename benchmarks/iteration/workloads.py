@@ -1,4 +1,7 @@
-"""What every contestant works on: one model directory, prompts of one length, answers of one forced length."""
+"""What every contestant works on: one model directory, prompts of one length, answers of one forced length.
+
+Nothing here imports transformers before it is called: a worker hides torch from it first.
+"""
 
 import json
 from dataclasses import dataclass, replace
